@@ -1,0 +1,12 @@
+"""The one exception for a user's mistake."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend: a broken file, a misspelt setting, a missing case.
+
+    The message is one or two sentences that name the file or case, what was found, what was expected and what to do.
+    The command line prints it without a traceback and exits with status 1; `GASNetTrainer` turns it into `SystemExit`,
+    because a plain exception would reach the user as nnU-Net's traceback.
+    """

@@ -1,0 +1,275 @@
+"""Every number of the method, in one frozen dataclass that lives in the nnU-Net plans.
+
+A plans file carries them under `configurations.<configuration>.gasnet`, so that a run is changed by editing the plans
+(or by `gasnet-nnunet plan --set key=value`), never by a subclass. What the plans leave out takes the default below;
+the trainer writes the resolved values back, so that the model folder and the checkpoint hold all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, TypeAdapter, ValidationError
+
+from gasnet_nnunet.errors import UserError
+
+PLANS_KEY = "gasnet"
+"""Where the settings stand inside a configuration of the plans."""
+
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+LearningRate = Annotated[float, Field(gt=0.0, lt=10.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", strict=False))
+class GASNetSettings:
+    """Settings of one GASNet training. Symbols and equations are those of the paper (arXiv 2010.09456).
+
+    Args:
+        num_epochs: Epochs of the training.
+        iterations_per_epoch: S+G updates in an epoch.
+        validation_iterations_per_epoch: Validation batches in an epoch, as in nnU-Net.
+        seed: Seed of the weights and of the patches drawn; `None` leaves both to chance.
+        save_every_minutes: `checkpoint_latest.pth` is written at the end of the first epoch that ends this many
+            minutes after the last save (and every 50 epochs, as in nnU-Net).
+        gallery_every_epochs: How often the gallery of I_d, M^, I_g, I_s, I_ps and M_ps is drawn; 0 for never.
+        optimizer_s: Optimiser of S: nnU-Net's SGD (Nesterov momentum 0.99) or Adam (the authors' code).
+        learning_rate_s: Initial learning rate of S; decays by nnU-Net's polynomial schedule.
+        weight_decay_s: Weight decay of S.
+        segmentation_loss: Loss of L_lab and L_ps: nnU-Net's Dice + cross-entropy, or cross-entropy alone (the paper).
+        learning_rate_g: Learning rate of G (Adam).
+        learning_rate_d: Learning rate of D (Adam).
+        generator_features: Feature maps of G at full resolution; doubled at each of its down-samplings.
+        generator_residual_blocks: Residual blocks at G's lowest resolution.
+        discriminator_features: Feature maps of D's first convolution; doubled with each further one.
+        discriminator_layers: Strided convolutions of D.
+        discriminator_norm: Normalisation inside D beside the spectral norm. Instance norm removes the mean density of
+            a feature map, which is what ground glass changes.
+        discriminator_steps: D updates on fresh draws after each S+G update (the paper's theta_i).
+        lambda_s: Weight of L_S against L_GAN (the paper's lambda_S). S sees `L_S + L_GAN / lambda_s`.
+        weight_labelled: Weight of L_lab.
+        weight_healthy: Weight of L_hea, the cross-entropy of S(I_h) against zero.
+        weight_mil: Weight of L_MIL.
+        weight_pseudo: Weight of L_ps.
+        weight_adversarial: Weight of `BCE(D(I_s), 0)` in the S+G step; 0 takes I_s out of D's step as well.
+        weight_generated: Weight of L_IgToD, in the S+G step and in D's step.
+        weight_diseased: Weight of L_IdToD in D's step.
+        weight_reconstruction: Weight of L_recons.
+        reconstruction_loss: Mean squared error (the paper) or mean absolute error (the authors' code).
+        restore_within_organ: Multiply M^ by the lung mask of the diseased volume in I_s (the authors' code; not the
+            paper).
+        pseudo_start: Fraction of the training after which L_ps joins (paper: 7,000 of 14,000 iterations).
+        pseudo_margin: The paper's xi: M_ps is lesion from 0.5 + xi on, background up to 0.5 - xi, ignored between.
+        pseudo_ignore_above: Voxels with m above this and not above 0.5 - xi are ignored as well, instead of becoming
+            background although I_ps carries some of the lesion; `None` as published.
+        patches: Whether a patch holds the whole lungs ("volume") or a diseased patient is a bag of patches ("bag").
+            "auto" takes "volume" for plans by `gasnet-nnunet plan` and "bag" for nnU-Net's own.
+        bag_size: Patches of one patient that make a bag; at least 4 where the patches are bags.
+        volumes_per_step: Diseased (and as many healthy) volumes of a step where a patch holds a volume; `None` for
+            the plan's batch size.
+        labelled_as_diseased: The voxel-labelled cases serve as I_d too.
+        healthy_outside: Share of the healthy patches of L_hea drawn anywhere in the scan instead of around the
+            lungs, because the sliding window of a prediction covers neck and abdomen as well.
+        organ: What takes the place of the lungs: "lungs", "body" (for other organs in CT) or "volume" (no mask).
+        rotation_degrees: Rotations are drawn from plus and minus this angle around every axis; `None` for nnU-Net's
+            own range, which is 180 degrees in plane where a patch has an axis ratio above 3.
+        mirror_axes: Axes of the (Z, Y, X) patch that are mirrored in training and at test time; `None` for nnU-Net's
+            own choice (all three). Chests do not stand on their heads.
+        window: Lower and upper end of each channel's intensity window in nnU-Net-normalised units, which become -1
+            and 1 for G and D. `None` for the clip bounds of CTNormalization, or the 0.5 and 99.5 percentiles of the
+            preprocessed data where another scheme is planned.
+
+    Examples:
+        >>> GASNetSettings(num_epochs=5).num_epochs
+        5
+        >>> GASNetSettings.from_dict({"pseudo_margin": 0.2}).to_dict()["pseudo_margin"]
+        0.2
+    """
+
+    num_epochs: Count = 100
+    iterations_per_epoch: Count = 250
+    validation_iterations_per_epoch: Count = 25
+    seed: Annotated[int, Field(ge=0)] | None = None
+    save_every_minutes: Annotated[float, Field(gt=0.0)] = 10.0
+    gallery_every_epochs: Annotated[int, Field(ge=0)] = 5
+
+    optimizer_s: Literal["sgd", "adam"] = "sgd"
+    learning_rate_s: LearningRate = 1e-2
+    weight_decay_s: Weight = 3e-5
+    segmentation_loss: Literal["dice_ce", "ce"] = "dice_ce"
+
+    learning_rate_g: LearningRate = 1e-4
+    learning_rate_d: LearningRate = 1e-4
+    generator_features: Count = 16
+    generator_residual_blocks: Annotated[int, Field(ge=0)] = 4
+    discriminator_features: Count = 16
+    discriminator_layers: Count = 3
+    discriminator_norm: Literal["none", "instance"] = "none"
+    discriminator_steps: Annotated[int, Field(ge=0)] = 5
+
+    lambda_s: Annotated[float, Field(gt=0.0)] = 100.0
+    weight_labelled: Weight = 1.0
+    weight_healthy: Weight = 1.0
+    weight_mil: Weight = 1.0
+    weight_pseudo: Weight = 1.0
+    weight_adversarial: Weight = 1.0
+    weight_generated: Weight = 1.0
+    weight_diseased: Weight = 1.0
+    weight_reconstruction: Weight = 1.0
+    reconstruction_loss: Literal["mse", "l1"] = "mse"
+    restore_within_organ: bool = False
+
+    pseudo_start: Fraction = 0.5
+    pseudo_margin: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.3
+    pseudo_ignore_above: Fraction | None = None
+
+    patches: Literal["auto", "volume", "bag"] = "auto"
+    bag_size: Count = 4
+    volumes_per_step: Count | None = None
+    labelled_as_diseased: bool = True
+    healthy_outside: Fraction = 0.2
+    organ: Literal["lungs", "body", "volume"] = "lungs"
+    rotation_degrees: Annotated[float, Field(ge=0.0, le=180.0)] | None = 15.0
+    mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] | None = (2,)
+    window: tuple[tuple[float, float], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.patches == "bag" and self.bag_size < 4:
+            raise ValueError(f"bag_size is {self.bag_size}, but a bag needs at least 4 patches to cover the lungs")
+        if self.mirror_axes is not None and len(set(self.mirror_axes)) != len(self.mirror_axes):
+            raise ValueError(f"mirror_axes names an axis twice: {list(self.mirror_axes)}")
+        for low, high in self.window or ():
+            if not low < high:
+                raise ValueError(f"window must rise from its lower to its upper end, not {low} to {high}")
+        if self.pseudo_ignore_above is not None and self.pseudo_ignore_above > 0.5 - self.pseudo_margin:
+            raise ValueError(
+                f"pseudo_ignore_above is {self.pseudo_ignore_above}, above 0.5 - pseudo_margin = "
+                f"{0.5 - self.pseudo_margin:g}, where voxels are ignored anyway"
+            )
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of all settings, in the order of their declaration."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "the settings") -> GASNetSettings:
+        """Validate settings as they stand in a plans or preset file.
+
+        Args:
+            values: Setting names and JSON values. What is missing takes its default.
+            source: Where they were read, for the error message.
+
+        Raises:
+            UserError: An unknown name (the valid ones are listed) or an impossible value.
+        """
+        for name in values:
+            if name not in cls.names():
+                close = difflib.get_close_matches(str(name), cls.names(), n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                raise UserError(f"Unknown setting '{name}' in {source}.{hint} Valid settings: {', '.join(cls.names())}.")
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            problems = []
+            for problem in error.errors():
+                name = str(problem["loc"][0]) if problem["loc"] else ""
+                found = f" (found {values[name]!r})" if name in values else ""
+                problems.append(f"{name + ': ' if name else ''}{problem['msg'].removeprefix('Value error, ')}{found}")
+            raise UserError(f"Impossible setting in {source}: {'; '.join(dict.fromkeys(problems))}.") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible values of all settings."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def replace(self, **changes: Any) -> GASNetSettings:
+        """A validated copy with some settings changed.
+
+        Raises:
+            UserError: As `from_dict`.
+        """
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def differences(self, other: GASNetSettings) -> list[str]:
+        """One line for each setting in which `other` differs, as 'name: mine -> theirs'."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{name}: {mine[name]} -> {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Turn `key=value` words of the command line into settings; a value is JSON, or else a plain string.
+
+    Examples:
+        >>> parse_assignments(["num_epochs=5", "mirror_axes=[2]", "organ=body", "seed=null"])
+        {'num_epochs': 5, 'mirror_axes': [2], 'organ': 'body', 'seed': None}
+
+    Raises:
+        UserError: A word without '='.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set takes key=value, found '{assignment}'. Valid keys: {', '.join(GASNetSettings.names())}.")
+        try:
+            values[name.strip()] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name.strip()] = text
+    return values
+
+
+def plans_folder() -> Path:
+    """Folder of the reference plans and presets, in an installed package or in a clone."""
+    here = Path(__file__).resolve().parent
+    return here / "plans" if (here / "plans").is_dir() else here.parent / "plans"
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in plans_folder().glob("*.json"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A reference set of planning choices and settings.
+
+    Args:
+        name: Name for `--preset`.
+        description: What it is for.
+        deviations: Where it differs from the paper although it follows it; empty unless it claims to.
+        planning: Choices of the planner: `patch_size` (Z, Y, X), `base_features`, `max_features`, `batch_size`,
+            `hu_window`, each optional.
+        settings: Settings that differ from the defaults.
+    """
+
+    name: str
+    description: str
+    deviations: tuple[str, ...]
+    planning: dict[str, Any]
+    settings: GASNetSettings
+
+
+def load_preset(name: str) -> Preset:
+    """Read a preset of the package by its name.
+
+    Raises:
+        UserError: There is no preset of that name; the existing ones are listed.
+    """
+    path = plans_folder() / f"{name}.json"
+    if name not in preset_names():
+        raise UserError(f"There is no preset '{name}'. Presets: {', '.join(preset_names())}.")
+    content = json.loads(path.read_text())
+    return Preset(
+        name=name,
+        description=content["description"],
+        deviations=tuple(content.get("deviations", ())),
+        planning=content["planning"],
+        settings=GASNetSettings.from_dict(content["settings"], source=f"the preset {name}"),
+    )
