@@ -47,6 +47,7 @@ class GASNetSettings:
         learning_rate_g: Learning rate of G (Adam).
         learning_rate_d: Learning rate of D (Adam).
         generator_features: Feature maps of G at full resolution; doubled at each of its down-samplings.
+        generator_downsamplings: Strided stages of G, taken from the plan's topology (CycleGAN: 2).
         generator_residual_blocks: Residual blocks at G's lowest resolution.
         discriminator_features: Feature maps of D's first convolution; doubled with each further one.
         discriminator_layers: Strided convolutions of D.
@@ -77,6 +78,9 @@ class GASNetSettings:
         labelled_as_diseased: The voxel-labelled cases serve as I_d too.
         healthy_outside: Share of the healthy patches of L_hea drawn anywhere in the scan instead of around the
             lungs, because the sliding window of a prediction covers neck and abdomen as well.
+        centre_jitter: Patches that hold the lungs are centred on the lung box up to this share of the patch size.
+        watch_volumes: Held-out volumes of each kind on which M^ is watched after every epoch; 0 for all.
+        baseline_healthy: `SupervisedBaselineTrainer` learns L_hea on the healthy volumes too, beside L_lab.
         organ: What takes the place of the lungs: "lungs", "body" (for other organs in CT) or "volume" (no mask).
         rotation_degrees: Rotations are drawn from plus and minus this angle around every axis; `None` for nnU-Net's
             own range, which is 180 degrees in plane where a patch has an axis ratio above 3.
@@ -108,6 +112,7 @@ class GASNetSettings:
     learning_rate_g: LearningRate = 1e-4
     learning_rate_d: LearningRate = 1e-4
     generator_features: Count = 16
+    generator_downsamplings: Count = 2
     generator_residual_blocks: Annotated[int, Field(ge=0)] = 4
     discriminator_features: Count = 16
     discriminator_layers: Count = 3
@@ -135,6 +140,9 @@ class GASNetSettings:
     volumes_per_step: Count | None = None
     labelled_as_diseased: bool = True
     healthy_outside: Fraction = 0.2
+    centre_jitter: Annotated[float, Field(ge=0.0, le=0.5)] = 0.05
+    watch_volumes: Annotated[int, Field(ge=0)] = 6
+    baseline_healthy: bool = False
     organ: Literal["lungs", "body", "volume"] = "lungs"
     rotation_degrees: Annotated[float, Field(ge=0.0, le=180.0)] | None = 15.0
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] | None = (2,)
