@@ -152,10 +152,9 @@ def raise_problems(problems: Sequence[str], what: str) -> None:
         raise UserError(problems[0])
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems[:LISTED_PROBLEMS])
-        rest = len(problems) - LISTED_PROBLEMS
-        raise UserError(
-            f"{len(problems)} problems with {what}:{listed}{f'{chr(10)}  and {rest} more' if rest > 0 else ''}"
-        )
+        if len(problems) > LISTED_PROBLEMS:
+            listed += f"\n  and {len(problems) - LISTED_PROBLEMS} more"
+        raise UserError(f"{len(problems)} problems with {what}:{listed}")
 
 
 def read_cohort(
@@ -192,9 +191,7 @@ def read_cohort(
     on_disk = {path.name[: -len(ending)]: path for path in sorted(label_folder.iterdir()) if path.name.endswith(ending)}
     wanted = list(on_disk) if identifiers is None else list(identifiers)
     if not wanted:
-        raise UserError(
-            f"{label_folder} holds no label file ending in '{ending}', which is dataset.json's file_ending."
-        )
+        raise UserError(f"{label_folder} holds no file ending in '{ending}', which is dataset.json's file_ending.")
     missing = [identifier for identifier in wanted if identifier not in on_disk]
     if missing:
         raise UserError(
@@ -246,7 +243,8 @@ def cohort_of_files(
     cohort = Cohort(cases)
     if not cohort.labelled:
         raise UserError(
-            f"None of the {len(cases)} cases has a mask with lesion in it. GASNet needs at least one voxel-labelled case."
+            f"None of the {len(cases)} cases has a mask with lesion in it. GASNet needs at least one "
+            "voxel-labelled case."
         )
     if not cohort.healthy:
         raise UserError(
@@ -316,8 +314,8 @@ def classify(identifier: str, counts: Mapping[int, int], labels: DeclaredLabels,
         value = next(iter(counts))
         raise UserError(
             f"{identifier}: every voxel of its label file is {value}, as for a diseased case without a mask, but "
-            f"dataset.json has no label 'ignore'. Add one to its labels (\"ignore\": {max(labels.values | {value})}) or "
-            "correct the file."
+            f"dataset.json has no label 'ignore'. Add one to its labels (\"ignore\": {max(labels.values | {value})}) "
+            "or correct the file."
         )
     if undeclared:
         raise UserError(
@@ -335,17 +333,17 @@ def classify(identifier: str, counts: Mapping[int, int], labels: DeclaredLabels,
     kind = overruling or derived
     if kind is None:
         raise UserError(
-            f"{identifier}: its mask is partly ignored ({100 * ignored / total:.1f} %) and shows no lesion in the rest, so "
-            "it is neither healthy nor labelled. Say which in dataset.json: "
+            f"{identifier}: its mask is partly ignored ({100 * ignored / total:.1f} %) and shows no lesion elsewhere, "
+            "so it is neither healthy nor labelled. Say which in dataset.json: "
             f'"gasnet": {{"cohort": {{"{identifier}": "diseased"}}}} (or "healthy").'
         )
     if kind is Kind.HEALTHY and lesion:
         raise UserError(
-            f"{identifier}: dataset.json calls it healthy, but its mask has {lesion} lesion voxels. Correct one of them."
+            f"{identifier}: dataset.json calls it healthy, but its mask has {lesion} lesion voxels. Correct either."
         )
     if kind is Kind.LABELLED and not lesion:
         raise UserError(
-            f"{identifier}: dataset.json calls it labelled, but its mask has no lesion voxel. Correct one of them."
+            f"{identifier}: dataset.json calls it labelled, but its mask has no lesion voxel. Correct either."
         )
     return Case(identifier, kind, lesion, ignored / total, overruled=kind is not derived)
 
@@ -479,4 +477,5 @@ def _load_cache(cache: Path | None) -> dict[str, Any]:
         content = json.loads(cache.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         return {}
-    return content if isinstance(content, dict) else {}
+    entries = content.items() if isinstance(content, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, dict) and {"stamp", "counts"} <= set(entry)}
