@@ -5,6 +5,9 @@ The modules import torch, nnU-Net and SimpleITK inside their functions only, so 
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,15 +15,19 @@ from rich.console import Console
 from rich.markup import escape
 
 from gasnet_nnunet import __version__
+from gasnet_nnunet.cli import doctor
 from gasnet_nnunet.errors import UserError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="gasnet-nnunet",
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+convert_app = typer.Typer(no_args_is_help=True, help="Make an nnU-Net dataset out of other data.")
 
 
 def _print_version(wanted: bool) -> None:
@@ -38,14 +45,24 @@ def _root(
     """GASNet for nnU-Net: lesion segmentation from one voxel-labelled CT and many that are only diagnosed."""
 
 
+def _register(group: typer.Typer, command: Callable[..., None]) -> None:
+    # The sections of a docstring are for readers of the code; typer makes the options' help from their annotations.
+    text = re.split(r"\n\n(?:Args|Examples|Raises|Returns):", inspect.getdoc(command) or "")[0]
+    group.command(help=escape(text))(command)
+
+
+_register(app, doctor.doctor)
+
+
 def main() -> None:
     """Run the command line: a user's mistake ends in one message and status 1, Ctrl-C in one line and status 130."""
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        app(standalone_mode=True)
+        app()
     except UserError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}")
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        errors.print("Interrupted.")
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's translation of KeyboardInterrupt
+            errors.print("Interrupted.")
+        raise
