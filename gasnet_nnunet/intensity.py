@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,3 +91,22 @@ def normalised_to_hu(x: Any, plans: Mapping[str, Any], channel: int = 0) -> Any:
     """Undo CTNormalization's affine part (not its clip): nnU-Net-normalised -> HU, for arrays and tensors alike."""
     properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
     return x * max(properties["std"], 1e-8) + properties["mean"]
+
+
+def measure_window(dataset: Any, *, cases: int = 20, voxels: int = 100_000) -> IntensityWindow:
+    """The 0.5 and 99.5 percentiles of each channel of the preprocessed data, for normalisations without a clip.
+
+    Args:
+        dataset: nnU-Net's access to the preprocessed cases.
+        cases: At most this many cases are read, spread over the dataset.
+        voxels: Voxels drawn from each.
+    """
+    rng = np.random.default_rng(0)
+    identifiers = dataset.identifiers[:: max(1, len(dataset.identifiers) // cases)]
+    samples = []
+    for identifier in identifiers:
+        volume = np.asarray(dataset.load_case(identifier)[0][:])
+        volume = volume.reshape(len(volume), -1)
+        samples.append(volume[:, rng.integers(volume.shape[1], size=voxels)])
+    low, high = np.percentile(np.concatenate(samples, axis=1), (0.5, 99.5), axis=1)
+    return IntensityWindow([(float(a), float(b)) for a, b in zip(low, high, strict=True)])

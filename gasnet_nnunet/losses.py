@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 HEALTHY = 0.0
 """D's label of a real healthy volume."""
@@ -54,7 +54,7 @@ def healthy_loss(outputs: Sequence[Tensor], weights: Sequence[float], *, regions
     for logits, weight in zip(outputs, weights, strict=True):
         if weight:
             z = logits.float()
-            voxelwise = F.softplus(z) if regions else z.logsumexp(1) - z[:, 0]
+            voxelwise = functional.softplus(z) if regions else z.logsumexp(1) - z[:, 0]
             total = total + weight * voxelwise.mean()
     return total
 
@@ -74,7 +74,7 @@ def mil_loss(logits: Tensor, *, regions: bool, bag: bool) -> Tensor:
     Shape: -> scalar
     """
     z = lesion_logit(logits, regions=regions).flatten(1)
-    return F.softplus(-(z.max() if bag else z.amax(1))).mean()
+    return functional.softplus(-(z.max() if bag else z.amax(1))).mean()
 
 
 def judged_as(logit: Tensor, label: float) -> Tensor:
@@ -86,7 +86,7 @@ def judged_as(logit: Tensor, label: float) -> Tensor:
     Shape: (B,) -> scalar
     """
     logit = logit.float()
-    return F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, label))
+    return functional.binary_cross_entropy_with_logits(logit, torch.full_like(logit, label))
 
 
 def reconstruction_loss(reconstructed: Tensor, healthy: Tensor, kind: str) -> Tensor:
@@ -95,8 +95,8 @@ def reconstruction_loss(reconstructed: Tensor, healthy: Tensor, kind: str) -> Te
     Shape: (B, C, Z, Y, X), (B, C, Z, Y, X), both in [-1, 1] -> scalar
     """
     if kind == "mse":
-        return F.mse_loss(reconstructed.float(), healthy.float())
-    return F.l1_loss(reconstructed.float(), healthy.float())
+        return functional.mse_loss(reconstructed.float(), healthy.float())
+    return functional.l1_loss(reconstructed.float(), healthy.float())
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -182,7 +182,9 @@ class GASNetSettings:
             if name not in cls.names():
                 close = difflib.get_close_matches(str(name), cls.names(), n=1)
                 hint = f" Did you mean '{close[0]}'?" if close else ""
-                raise UserError(f"Unknown setting '{name}' in {source}.{hint} Valid settings: {', '.join(cls.names())}.")
+                raise UserError(
+                    f"Unknown setting '{name}' in {source}.{hint} Valid settings: {', '.join(cls.names())}."
+                )
         try:
             return TypeAdapter(cls).validate_python(dict(values))
         except ValidationError as error:
@@ -225,7 +227,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise UserError(f"--set takes key=value, found '{assignment}'. Valid keys: {', '.join(GASNetSettings.names())}.")
+            raise UserError(
+                f"--set takes key=value, found '{assignment}'. Valid keys: {', '.join(GASNetSettings.names())}."
+            )
         try:
             values[name.strip()] = json.loads(text)
         except json.JSONDecodeError:

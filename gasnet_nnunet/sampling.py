@@ -1,0 +1,251 @@
+"""Streams of diseased and healthy patches laid over each other, lung on lung.
+
+Voxel-labelled patches come from nnU-Net's own data loader. The pairs below reuse nnU-Net's augmentation: its spatial
+part is drawn once for (I_d, I_h, M_lung) and shared, its intensity part is drawn per image from one distribution, so
+that D cannot tell the pools apart by how they were augmented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.data_loader import DataLoader
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torch.nn import functional
+
+from gasnet_nnunet.lungs import Box, OrganMasks
+
+GEOMETRY = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert2DTo3DTransform)
+
+
+def spread_positions(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Relative positions in a box, spread over it by Latin-hypercube sampling.
+
+    Returns:
+        (count, 3) in [0, 1): along each axis, every one of `count` equal strata holds one position.
+    """
+    strata = np.stack([rng.permutation(count) for _ in range(3)], axis=1)
+    return (strata + rng.random((count, 3))) / count
+
+
+def patch_start(
+    box: Box, position: Sequence[float], cover: Sequence[int], size: Sequence[int], jitter: Sequence[float] = (0, 0, 0)
+) -> list[int]:
+    """First voxel of a patch at a place relative to a box.
+
+    Along an axis where the patch is shorter than the box, position 0 to 1 moves it from the box's start to its end;
+    where it is longer, it is centred on the box.
+
+    Args:
+        box: Lung box in voxels, half-open, (Z, Y, X).
+        position: Relative position, each 0 to 1.
+        cover: Patch size that has to lie inside the box where it can.
+        size: Size of what is read around the same centre (larger than `cover` where a rotation needs it).
+        jitter: Shift in shares of `cover`.
+    """
+    start = []
+    for (low, high), relative, wanted, read, shift in zip(box, position, cover, size, jitter, strict=True):
+        centre = (low + high) / 2 + (relative - 0.5) * max(0, high - low - wanted) + shift * wanted
+        start.append(round(centre - read / 2))
+    return start
+
+
+def read_patch(array: Any, start: Sequence[int], size: Sequence[int], offset: Tensor | None = None) -> Tensor:
+    """Read a patch of a stored volume, zeros where it lies outside.
+
+    Args:
+        array: (Z, Y, X) or (C, Z, Y, X), of numpy or blosc2.
+        start: First voxel in (Z, Y, X); may be negative.
+        size: Size in (Z, Y, X).
+        offset: Subtracted before the padding, so that what pads stands for this value.
+
+    Shape: -> (*size) or (C, *size) float32
+    """
+    bounds = list(zip(start, size, array.shape[-3:], strict=True))
+    inside = tuple(slice(min(max(s, 0), n), max(min(s + p, n), 0)) for s, p, n in bounds)
+    leading = (slice(None),) * (len(array.shape) - 3)
+    patch = torch.from_numpy(np.asarray(array[leading + inside], dtype=np.float32))
+    if offset is not None:
+        patch = patch - offset
+    pads: list[int] = []
+    for axis in (2, 1, 0):
+        before = max(0, min(-start[axis], size[axis]))
+        pads += [before, size[axis] - patch.shape[axis - 3] - before]
+    return functional.pad(patch, pads)
+
+
+class VolumeReader:
+    """Reads patches of preprocessed cases and of their lung masks, padded with the window's lower bound.
+
+    nnU-Net pads with 0, which is the mean HU: a cue for D that tanh cannot follow.
+
+    Args:
+        dataset: nnU-Net's access to the preprocessed cases.
+        masks: Lung masks in the same grid.
+        low: Lower end of each channel's window, nnU-Net-normalised.
+    """
+
+    def __init__(self, dataset: nnUNetBaseDataset, masks: OrganMasks, low: Sequence[float]) -> None:
+        self.dataset = dataset
+        self.masks = masks
+        self.low = torch.tensor(low, dtype=torch.float32)[:, None, None, None]
+
+    def image(self, case: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        """A patch of the image, nnU-Net-normalised *minus* the window's lower bound, so that 0 is what pads it.
+
+        Shape: -> (C, *size) float32
+        """
+        return read_patch(self.dataset.load_case(case)[0], start, size, self.low)
+
+    def mask(self, case: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        """A patch of the lung mask.
+
+        Shape: -> (1, *size) float32, 0 or 1
+        """
+        return read_patch(self.masks.open(case), start, size)[None]
+
+
+class PairTransform:
+    """nnU-Net's training augmentation for a pair: one spatial transform for both, an intensity transform for each.
+
+    Args:
+        transforms: What `nnUNetTrainer.get_training_transforms` returns.
+        low: As in `VolumeReader`.
+    """
+
+    def __init__(self, transforms: ComposeTransforms, low: Tensor) -> None:
+        self.geometry: list[BasicTransform] = [t for t in transforms.transforms if isinstance(t, GEOMETRY)]
+        self.intensity: list[BasicTransform] = [t for t in transforms.transforms if _changes_image_only(t)]
+        self.low = low
+
+    def __call__(self, images: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Augment images (offset by `low`, as `VolumeReader.image` gives them) and their masks.
+
+        Returns:
+            The images, nnU-Net-normalised, and the masks, 0 or 1.
+        """
+        channels = images[0].shape[0]
+        data: dict[str, Any] = {"image": torch.cat(images), "segmentation": torch.cat(masks).to(torch.int16)}
+        for transform in self.geometry:
+            data = transform(**data)
+        moved = [image + self.low for image in data["image"].split(channels)]
+        for transform in self.intensity:
+            moved = [transform(image=image)["image"] for image in moved]
+        return moved, list((data["segmentation"] > 0).float().split(1))
+
+
+class PairLoader(DataLoader):
+    """Endless stream of (I_d, I_h, M_lung of I_h), laid over each other by their lung boxes.
+
+    Where a patch holds the lungs, every item of a batch is another pair of patients. Where it does not, a batch is a
+    bag: patches spread over the lungs of one diseased patient, with those at the same relative places of a healthy one.
+
+    Args:
+        reader: Access to the cases.
+        diseased: Cases to draw I_d from.
+        healthy: Cases to draw I_h from.
+        batch_size: Pairs in a batch (the bag size where it is a bag).
+        read_size: Patch size before the spatial augmentation.
+        patch_size: Patch size after it.
+        transform: The augmentation.
+        bag: Whether a batch is a bag.
+        jitter: Largest random shift of a pair, in shares of the patch size.
+        with_diseased_mask: Also give the lung mask of I_d.
+
+    A batch holds "diseased" and "healthy" (B, C, Z, Y, X), nnU-Net-normalised; "lungs" (B, 1, Z, Y, X), the healthy
+    volume's mask; "lungs_diseased" where asked for; and "keys", pairs of case names.
+    """
+
+    def __init__(
+        self,
+        reader: VolumeReader,
+        diseased: Sequence[str],
+        healthy: Sequence[str],
+        *,
+        batch_size: int,
+        read_size: Sequence[int],
+        patch_size: Sequence[int],
+        transform: PairTransform,
+        bag: bool,
+        jitter: float,
+        with_diseased_mask: bool,
+    ) -> None:
+        super().__init__(reader, batch_size, 1, None, True, False, True)
+        self.indices = list(diseased)
+        self.diseased = list(diseased)
+        self.healthy = list(healthy)
+        self.read_size = [int(n) for n in read_size]
+        self.patch_size_out = [int(n) for n in patch_size]
+        self.transform = transform
+        self.bag = bag
+        self.jitter = jitter
+        self.with_diseased_mask = with_diseased_mask
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """Draw a batch."""
+        # nnU-Net's workers seed numpy's global generator each in its own way; ours follows it.
+        rng = np.random.default_rng(np.random.randint(2**31))
+        count = self.batch_size
+        patients = 1 if self.bag else count
+        cases_d = np.resize(rng.choice(self.diseased, patients, replace=len(self.diseased) < patients), count)
+        cases_h = np.resize(rng.choice(self.healthy, patients, replace=len(self.healthy) < patients), count)
+        positions = spread_positions(count, rng)
+        shifts = rng.uniform(-self.jitter, self.jitter, (count, 3))
+        items: list[list[Tensor]] = []
+        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+            for case_d, case_h, position, shift in zip(cases_d, cases_h, positions, shifts, strict=True):
+                items.append(self._pair(str(case_d), str(case_h), position, shift))
+        names = ["diseased", "healthy", "lungs", "lungs_diseased"]
+        batch: dict[str, Any] = {
+            name: torch.stack(tensors) for name, tensors in zip(names, zip(*items, strict=True), strict=False)
+        }
+        batch["keys"] = [(str(d), str(h)) for d, h in zip(cases_d, cases_h, strict=True)]
+        return batch
+
+    def _pair(self, case_d: str, case_h: str, position: np.ndarray, shift: np.ndarray) -> list[Tensor]:
+        reader: VolumeReader = self._data
+        start_d, start_h = (
+            patch_start(reader.masks.box(case), position, self.patch_size_out, self.read_size, shift)
+            for case in (case_d, case_h)
+        )
+        images = [reader.image(case_d, start_d, self.read_size), reader.image(case_h, start_h, self.read_size)]
+        masks = [reader.mask(case_h, start_h, self.read_size)]
+        if self.with_diseased_mask:
+            masks.append(reader.mask(case_d, start_d, self.read_size))
+        moved, masks = self.transform(images, masks)
+        return [*moved, *masks]
+
+
+def watch_patches(reader: VolumeReader, case: str, patch_size: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """The patches on which M^ of a held-out volume is watched: always the same, without augmentation.
+
+    Args:
+        reader: Access to the cases.
+        case: Name of the case.
+        patch_size: (Z, Y, X)
+        count: Patches spread over the lungs; 1 where a patch holds them.
+
+    Returns:
+        Images (count, C, Z, Y, X), nnU-Net-normalised, and lung masks (count, 1, Z, Y, X), 0 or 1.
+    """
+    positions = spread_positions(count, np.random.default_rng(0)) if count > 1 else np.full((1, 3), 0.5)
+    size = [int(n) for n in patch_size]
+    starts = [patch_start(reader.masks.box(case), position, size, size) for position in positions]
+    images = torch.stack([reader.image(case, start, size) + reader.low for start in starts])
+    return images, torch.stack([reader.mask(case, start, size) for start in starts])
+
+
+def _changes_image_only(transform: BasicTransform) -> bool:
+    inner = transform.transform if isinstance(transform, RandomTransform) else transform
+    return isinstance(inner, ImageOnlyTransform)

@@ -1,0 +1,733 @@
+"""GASNetTrainer: nnU-Net's life cycle with two more networks, and its supervised baseline.
+
+Both are reached by name: `nnUNetv2_train DatasetXXX 3d_fullres 0 -tr GASNetTrainer`. `self.network` is the segmenter S
+as nnU-Net planned it and nothing else, so that prediction needs nothing of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.data_loader import DataLoader
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, autocast, nn
+from torch import distributed as dist
+from torch.nn import functional
+
+from gasnet_nnunet import losses
+from gasnet_nnunet.adversary import Adversary, needs_generator
+from gasnet_nnunet.checkpoints import read_checkpoint, write_checkpoint
+from gasnet_nnunet.cohort import Cohort, read_cohort
+from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.intensity import IntensityWindow, measure_window
+from gasnet_nnunet.lungs import OrganMasks, ensure_organ_masks
+from gasnet_nnunet.networks import Topology
+from gasnet_nnunet.progress import TrainingCurves, save_gallery
+from gasnet_nnunet.sampling import PairLoader, PairTransform, VolumeReader, watch_patches
+from gasnet_nnunet.selection import BestEpoch, VolumeReading, epoch_score
+from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
+from gasnet_nnunet.splits import Fold, make_splits, read_fold, write_splits
+from gasnet_nnunet.synthesis import paste_lesions, pseudo_label, restore
+
+CHECKPOINT_KEY = "gasnet"
+"""Where our state stands in nnU-Net's checkpoint; nnU-Net's predictor ignores it."""
+
+D_INPUTS = ("healthy", "restored", "diseased", "generated")
+STEP_COLUMNS = (
+    *("L_lab", "L_hea", "L_MIL", "L_ps", "L_adv", "L_IgToD", "L_recons"),
+    *(f"L_D_{name}" for name in D_INPUTS),
+    *(f"D_{name}" for name in D_INPUTS),
+)
+"""What an iteration reports, in the order of `gasnet_progress.csv`; NaN where a term is not on."""
+
+ATTRIBUTES = {
+    "num_epochs": "num_epochs",
+    "num_iterations_per_epoch": "iterations_per_epoch",
+    "num_val_iterations_per_epoch": "validation_iterations_per_epoch",
+    "initial_lr": "learning_rate_s",
+    "weight_decay": "weight_decay_s",
+}
+"""nnU-Net's attribute for a setting of ours."""
+
+GALLERY_VOLUMES = 3
+
+
+class GASNetTrainer(nnUNetTrainer):
+    """Trains nnU-Net's segmenter by GASNet from few voxel-labelled and many volume-labelled cases (Algorithm 1).
+
+    Every number comes from `configurations.<configuration>.gasnet` in the plans, see `GASNetSettings`.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
+    ) -> None:
+        with _one_sentence():
+            self.settings = self._settings_of(plans, configuration)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.adversary: Adversary | None = None
+        self.best_epoch = BestEpoch()
+        self._cohort: Cohort | None = None
+        self._cases: Fold | None = None
+        self._reader: VolumeReader | None = None
+        self._pairs: Any = None
+        self._background: Any = None
+        self._extra_columns: dict[str, float] = {}
+        self._iterations_done = 0
+        # Nothing is above infinity: nnU-Net's own rule for checkpoint_best never fires, ours does (selection.py).
+        self._best_ema = math.inf
+        self._use_settings(self.settings)
+
+    # Settings ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def adjust_settings(cls, settings: GASNetSettings) -> GASNetSettings:
+        """Settings that this trainer insists on; a hook for presets in subclasses."""
+        return settings
+
+    @classmethod
+    def _settings_of(cls, plans: dict[str, Any], configuration: str) -> GASNetSettings:
+        """Read, resolve and write back the settings of a configuration, so that plans.json and checkpoints hold them.
+
+        Raises:
+            UserError: Unknown or impossible settings, or a configuration that GASNet cannot train.
+        """
+        if dist.is_available() and dist.is_initialized():
+            raise UserError(f"{cls.__name__} trains on one GPU for now: run the same command without -num_gpus.")
+        name = f"{plans['plans_name']}.json"
+        if configuration not in plans["configurations"]:
+            raise UserError(
+                f"{name} has no configuration '{configuration}'; it has {', '.join(plans['configurations'])}."
+            )
+        manager = PlansManager(plans).get_configuration(configuration)
+        if len(manager.patch_size) != 3 or manager.previous_stage_name is not None:
+            raise UserError(
+                f"{cls.__name__} trains 3D configurations without a previous stage, and '{configuration}' is not one; "
+                "use 3d_fullres or 3d_lowres."
+            )
+        entry = manager.configuration.get(PLANS_KEY, {})
+        settings = GASNetSettings.from_dict(entry, source=f"configurations.{configuration}.{PLANS_KEY} of {name}")
+        changes: dict[str, Any] = {}
+        if settings.patches == "auto":
+            changes["patches"] = "bag"
+        if settings.volumes_per_step is None:
+            changes["volumes_per_step"] = manager.batch_size
+        if settings.window is None:
+            window = IntensityWindow.from_plans(plans, manager.normalization_schemes)
+            changes["window"] = None if window is None else window.bounds
+        settings = cls.adjust_settings(settings.replace(**changes))
+        plans["configurations"][configuration][PLANS_KEY] = settings.to_dict()
+        return settings
+
+    def _use_settings(self, settings: GASNetSettings, *, instead_of: GASNetSettings | None = None) -> None:
+        """Hand settings to nnU-Net's plain attributes, which a subclass may change after `__init__`.
+
+        Args:
+            settings: From now on.
+            instead_of: Settings in use so far; what equals them leaves its attribute as it is.
+        """
+        for attribute, name in ATTRIBUTES.items():
+            if instead_of is None or getattr(settings, name) != getattr(instead_of, name):
+                setattr(self, attribute, getattr(settings, name))
+        self.settings = settings
+        self.plans_manager.plans["configurations"][self.configuration_name][PLANS_KEY] = settings.to_dict()
+
+    # Construction -----------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Build S as nnU-Net does, then G and D beside it: checkpoints are loaded before a training starts."""
+        self._seed(self.current_epoch)
+        super().initialize()
+        with _one_sentence():
+            if self.settings.window is None:
+                self.print_to_log_file("Measuring the intensity window on the preprocessed cases...")
+                window = measure_window(self._open_dataset(None))
+                self._use_settings(self.settings.replace(window=window.bounds), instead_of=self.settings)
+            topology = Topology.from_arch_kwargs(self.configuration_manager.network_arch_init_kwargs)
+        assert self.settings.window is not None
+        self.window = IntensityWindow(self.settings.window)
+        self.adversary = Adversary(self.settings, topology, self.window, self.device, num_epochs=self.num_epochs)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """nnU-Net's SGD or Adam for S, both with nnU-Net's polynomial schedule."""
+        if self.settings.optimizer_s == "sgd":
+            return super().configure_optimizers()
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def _build_loss(self) -> nn.Module:
+        """nnU-Net's loss for L_lab, and the same with an ignore label for L_ps where the dataset has none."""
+        loss = super()._build_loss()
+        inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+        if self.settings.segmentation_loss == "ce":
+            inner.weight_dice = 0
+        self._level_weights = loss.weight_factors if isinstance(loss, DeepSupervisionWrapper) else (1.0,)
+        self._ignore_label = self.label_manager.ignore_label
+        self.loss_pseudo = loss
+        if self._ignore_label is None:
+            self._ignore_label = max(self.label_manager.all_labels) + 1
+            self.loss_pseudo = copy.deepcopy(loss)
+            inner = self.loss_pseudo.loss if isinstance(self.loss_pseudo, DeepSupervisionWrapper) else self.loss_pseudo
+            if self.label_manager.has_regions:
+                inner.use_ignore_label = True
+                inner.ce = nn.BCEWithLogitsLoss(reduction="none")
+            else:
+                inner.ignore_label = self._ignore_label
+                inner.ce = RobustCrossEntropyLoss(ignore_index=self._ignore_label)
+        return loss
+
+    # Data -------------------------------------------------------------------------------------------------------------
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Masked cases to train and to validate on; the volume-level ones are in `self._cases`."""
+        cases = self._fold_cases()
+        return list(cases.train), list(cases.val)
+
+    def _fold_cases(self) -> Fold:
+        if self._cases is None:
+            with _one_sentence():
+                if self.dataset_class is None:
+                    self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+                base = Path(self.preprocessed_dataset_folder_base)
+                self._cohort = read_cohort(
+                    base / "gt_segmentations",
+                    self.dataset_json,
+                    identifiers=sorted(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)),
+                    cache=base / "gasnet_cohort.json",
+                    num_processes=default_num_processes,
+                    progress=True,
+                )
+                splits_file = base / "splits_final.json"
+                if self.fold != "all" and not splits_file.exists():
+                    write_splits(splits_file, make_splits(self._cohort))
+                self._cases = read_fold(splits_file, self.fold, self._cohort)
+        return self._cases
+
+    def _open_dataset(self, cases: Sequence[str] | None) -> Any:
+        names = None if cases is None else list(cases)
+        return self.dataset_class(self.preprocessed_dataset_folder, names)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, tuple[int, ...]]:  # noqa: N802
+        """nnU-Net's augmentation with our rotation range and mirror axes: chests do not stand on their heads."""
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if self.settings.rotation_degrees is not None:
+            angle = math.radians(self.settings.rotation_degrees)
+            rotation = (-angle, angle)
+            patch_size = self.configuration_manager.patch_size
+            initial_patch_size = get_patch_size(patch_size, rotation, rotation, rotation, (0.85, 1.25))
+            if dummy_2d:
+                initial_patch_size[0] = patch_size[0]
+        if self.settings.mirror_axes is not None:
+            mirror_axes = self.inference_allowed_mirroring_axes = self.settings.mirror_axes
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders for the masked cases, and beside them the streams of volume-level patches."""
+        loaders = super().get_dataloaders()
+        settings, cases = self.settings, self._fold_cases()
+        rotation, dummy_2d, read_size, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        transforms = self.get_training_transforms(
+            self.configuration_manager.patch_size,
+            rotation,
+            self._get_deep_supervision_scales(),
+            mirror,
+            dummy_2d,
+            foreground_labels=self.label_manager.foreground_labels,
+            regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            ignore_label=self.label_manager.ignore_label,
+        )
+        if self._needs_pairs():
+            assert self._reader is not None
+            bag = settings.patches == "bag"
+            pairs = PairLoader(
+                self._reader,
+                self._diseased_cases(),
+                cases.healthy,
+                batch_size=settings.bag_size if bag else settings.volumes_per_step or self.batch_size,
+                read_size=read_size,
+                patch_size=self.configuration_manager.patch_size,
+                transform=PairTransform(transforms, self._reader.low),
+                bag=bag,
+                jitter=settings.centre_jitter,
+                with_diseased_mask=settings.restore_within_organ,
+            )
+            self._pairs = self._start_stream(pairs, get_allowed_n_proc_DA())
+        if settings.weight_healthy and settings.healthy_outside:
+            background = nnUNetDataLoader(
+                self._open_dataset(cases.healthy),
+                self.batch_size,
+                read_size,
+                self.configuration_manager.patch_size,
+                self.label_manager,
+                transforms=transforms,
+            )
+            self._background = self._start_stream(background, min(1, get_allowed_n_proc_DA()))
+        return loaders
+
+    def _start_stream(self, loader: DataLoader, workers: int) -> Any:
+        if workers == 0:
+            return SingleThreadedAugmenter(loader, None)
+        stream = NonDetMultiThreadedAugmenter(
+            data_loader=loader,
+            transform=None,
+            num_processes=workers,
+            num_cached=max(3, workers),
+            pin_memory=self.device.type == "cuda",
+            wait_time=0.002,
+        )
+        next(stream)
+        return stream
+
+    def _needs_pairs(self) -> bool:
+        settings = self.settings
+        return bool(
+            settings.weight_healthy or settings.weight_mil or settings.weight_pseudo or needs_generator(settings)
+        )
+
+    def _diseased_cases(self) -> tuple[str, ...]:
+        """Cases to draw I_d from."""
+        cases = self._fold_cases()
+        if self.settings.labelled_as_diseased or not cases.diseased:
+            return (*cases.diseased, *cases.train)
+        return cases.diseased
+
+    def _watched_cases(self) -> list[tuple[str, bool]]:
+        """Volumes to watch M^ on, with whether they are healthy; training volumes where none are held out."""
+        cases, limit = self._fold_cases(), self.settings.watch_volumes or None
+        diseased = (cases.val_diseased or self._diseased_cases())[:limit]
+        healthy = (cases.val_healthy or cases.healthy)[:limit]
+        return [(case, False) for case in diseased] + [(case, True) for case in healthy]
+
+    def _organ_masks(self) -> OrganMasks:
+        raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
+        watched = [case for case, _ in self._watched_cases()]
+        return ensure_organ_masks(
+            Path(self.preprocessed_dataset_folder_base),
+            self.plans_manager.plans,
+            self.configuration_name,
+            sorted({*self._diseased_cases(), *self._fold_cases().healthy, *watched}),
+            organ=self.settings.organ,
+            raw_folder=raw if raw is not None and raw.is_dir() else None,
+            num_processes=default_num_processes,
+            progress=True,
+        )
+
+    # Life cycle -------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Check the cohort and make the lung masks before anything else, then start as nnU-Net does."""
+        if not self.was_initialized:
+            self.initialize()
+        cases = self._fold_cases()
+        assert self._cohort is not None
+        self.print_to_log_file(self._cohort.report(), add_timestamp=False)
+        self.print_to_log_file(
+            f"Fold {self.fold}: {len(cases.train)} masks to learn from, {len(cases.diseased)} diseased and "
+            f"{len(cases.healthy)} healthy volumes; {len(cases.val)} masks to validate on, {len(cases.val_diseased)} "
+            f"diseased and {len(cases.val_healthy)} healthy volumes held out."
+        )
+        if cases.validates_on_training_cases:
+            self.print_to_log_file(
+                f"WARNING: {', '.join(cases.val)}: TRAINING AND VALIDATION ON THE SAME MASK. The pseudo Dice and the "
+                "validation Dice of this training say nothing about other patients."
+            )
+        self.print_to_log_file(f"GASNet settings: {self.settings.to_dict()}", also_print_to_console=False)
+        self.print_to_log_file(self.adversary)
+        with _one_sentence():
+            self._reader = VolumeReader(self._open_dataset(None), self._organ_masks(), self.window.low.tolist())
+        super().on_train_start()
+        self.curves = TrainingCurves(Path(self.output_folder))
+        self.curves.truncate(self.current_epoch)
+        self._last_save = monotonic()
+
+    def on_train_epoch_start(self) -> None:
+        """nnU-Net's, and the learning rates of G and D."""
+        super().on_train_epoch_start()
+        assert self.adversary is not None
+        self.adversary.start_epoch(self.current_epoch)
+        self._iterations_done = 0
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
+        """One iteration of Algorithm 1: an update of S and G, then the updates of D on fresh draws.
+
+        S is run once a term, each with a backward of its own, so that no more than one of its graphs is held at a time.
+
+        Returns:
+            "loss", the sum of L_S, and every name in `STEP_COLUMNS`.
+        """
+        settings, adversary = self.settings, self.adversary
+        assert adversary is not None
+        report: dict[str, Tensor] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        if (optimizer_g := adversary.optimizers.get("generator")) is not None:
+            optimizer_g.zero_grad(set_to_none=True)
+        self.network.train()
+
+        if settings.weight_labelled:
+            data, target = self._to_device(batch["data"]), self._to_device(batch["target"])
+            with self._precision():
+                report["L_lab"] = settings.weight_labelled * self.loss(self.network(data), target)
+            self._backward(report["L_lab"])
+        if self._needs_pairs():
+            self._volume_terms(self._next_pair(), report)
+        self._step_segmenter_and_generator()
+        if adversary.discriminator is not None:
+            self._train_discriminator(report)
+        self._iterations_done += 1
+
+        total = sum((report[name] for name in ("L_lab", "L_hea", "L_MIL", "L_ps") if name in report), torch.zeros(()))
+        names = ["loss", *report]
+        values = torch.stack([value.detach().float().cpu() for value in (total, *report.values())]).tolist()
+        return {**dict.fromkeys(STEP_COLUMNS, math.nan), **dict(zip(names, values, strict=True))}
+
+    def _volume_terms(self, pair: dict[str, Tensor], report: dict[str, Tensor]) -> None:
+        """The terms of the S+G step that need volume-level cases: L_hea, L_MIL, L_GAN, L_recons, L_ps."""
+        settings, adversary = self.settings, self.adversary
+        assert adversary is not None
+        regions = self.label_manager.has_regions
+        if settings.weight_healthy:
+            outside = self._background is not None and np.random.uniform() < settings.healthy_outside
+            healthy = self._to_device(next(self._background)["data"]) if outside else pair["healthy"]
+            with self._precision():
+                levels = _levels(self.network(healthy))
+                loss = losses.healthy_loss(levels, self._level_weights, regions=regions)
+                report["L_hea"] = settings.weight_healthy * loss
+            self._backward(report["L_hea"])
+
+        pseudo_on = bool(settings.weight_pseudo) and self._training_fraction() >= settings.pseudo_start
+        logits: Tensor | None = None
+        if settings.weight_mil or adversary.discriminator is not None:
+            with self._precision():
+                logits = _levels(self.network(pair["diseased"]))[0]
+                terms = {}
+                if settings.weight_mil:
+                    loss = losses.mil_loss(logits, regions=regions, bag=settings.patches == "bag")
+                    terms["L_MIL"] = settings.weight_mil * loss
+                mask = losses.lesion_probability(logits, regions=regions) * pair.get("lungs_diseased", 1.0)
+                terms.update(adversary.fooling_terms(pair["diseased"], mask))
+            report.update(terms)
+            self._backward(torch.stack([term.float() for term in terms.values()]).sum())
+        elif pseudo_on:
+            with torch.no_grad(), self._precision():
+                logits = _levels(self.network(pair["diseased"]))[0]
+        with self._precision():
+            loss_recons = adversary.reconstruction_term(pair["healthy"])
+        if loss_recons is not None:
+            report["L_recons"] = loss_recons
+            self._backward(loss_recons)
+        if pseudo_on and logits is not None:
+            image, label = self._pseudo_labelled(pair, logits.detach())
+            with self._precision():
+                levels = _levels(self.network(image))
+                targets = [
+                    functional.interpolate(label.float(), size=level.shape[2:], mode="nearest-exact")
+                    for level in levels
+                ]
+                wrapped = isinstance(self.loss_pseudo, DeepSupervisionWrapper)
+                loss = self.loss_pseudo(levels, targets) if wrapped else self.loss_pseudo(levels[0], targets[0])
+                report["L_ps"] = settings.weight_pseudo * loss
+            self._backward(report["L_ps"])
+
+    def _pseudo_labelled(self, pair: dict[str, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """I_ps, nnU-Net-normalised, and M_ps."""
+        regions = self.label_manager.has_regions
+        mask = losses.lesion_probability(logits, regions=regions) * pair["lungs"]
+        label = pseudo_label(
+            logits,
+            pair["lungs"],
+            regions=regions,
+            labels=tuple(self.label_manager.foreground_labels),
+            ignore_label=self._ignore_label,
+            margin=self.settings.pseudo_margin,
+            ignore_above=self.settings.pseudo_ignore_above,
+        )
+        return paste_lesions(pair["diseased"], pair["healthy"], mask), label
+
+    def _train_discriminator(self, report: dict[str, Tensor]) -> None:
+        """The D updates of an iteration; what they report is averaged."""
+        assert self.adversary is not None
+        reports: list[dict[str, Tensor]] = []
+        for _ in range(self.settings.discriminator_steps):
+            pair = self._next_pair()
+            with torch.no_grad(), self._precision():
+                logits = _levels(self.network(pair["diseased"]))[0]
+                mask = losses.lesion_probability(logits, regions=self.label_manager.has_regions)
+                mask = mask * pair.get("lungs_diseased", 1.0)
+            with self._precision():
+                reports.append(self.adversary.discriminator_step(pair["diseased"], pair["healthy"], mask))
+        for name in reports[0] if reports else ():
+            report[name] = torch.stack([step[name] for step in reports]).mean()
+
+    def _next_pair(self) -> dict[str, Tensor]:
+        batch = next(self._pairs)
+        return {name: self._to_device(value) for name, value in batch.items() if isinstance(value, Tensor)}
+
+    def _to_device(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._to_device(item) for item in value]
+        return value.to(self.device, non_blocking=True)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """nnU-Net's rule: half precision on cuda alone."""
+        return autocast("cuda", enabled=True) if self.device.type == "cuda" else nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def _step_segmenter_and_generator(self) -> None:
+        """Clip S as nnU-Net does and step once, after the last term; G steps by the same scaler."""
+        assert self.adversary is not None
+        optimizers = [self.optimizer]
+        if "generator" in self.adversary.optimizers:
+            optimizers.append(self.adversary.optimizers["generator"])
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        for optimizer in optimizers:
+            if self.grad_scaler is None:
+                optimizer.step()
+            else:
+                self.grad_scaler.step(optimizer)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+
+    def _training_fraction(self) -> float:
+        """Share of the training that is done, 0 to 1; schedules follow it."""
+        iterations = self.current_epoch * self.num_iterations_per_epoch + self._iterations_done
+        return iterations / (self.num_epochs * self.num_iterations_per_epoch)
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
+        """nnU-Net's, and the mean of each loss over the epoch."""
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs(train_outputs)
+        self._extra_columns = {
+            name: float(np.nanmean(outputs[name])) if np.isfinite(outputs[name]).any() else math.nan
+            for name in STEP_COLUMNS
+        }
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """nnU-Net's on the masked cases, then M^ on the watched volumes and the score of the epoch."""
+        if not any(np.sum(output[key]) for output in val_outputs for key in ("tp_hard", "fp_hard", "fn_hard")):
+            # A NaN pseudo Dice would stay in nnU-Net's moving average for good: repeat the epoch before.
+            earlier = self.logger.get_value("mean_fg_dice", None)
+            dice = earlier[-1] if earlier else 0.0
+            like = val_outputs[0]["tp_hard"]
+            for key, value in (("tp_hard", dice), ("fp_hard", 1 - dice), ("fn_hard", 1 - dice)):
+                val_outputs[0][key] = np.full_like(like, value, dtype=float)
+        super().on_validation_epoch_end(val_outputs)
+        readings = [self._read_volume(case, healthy) for case, healthy in self._watched_cases()]
+        dice = float(self.logger.get_value("mean_fg_dice", step=-1))
+        means = {
+            kind: [reading.mean for reading in readings if reading.healthy == (kind == "healthy")]
+            for kind in ("healthy", "diseased")
+        }
+        self._extra_columns.update(
+            {f"M_{kind}": float(np.mean(values)) if values else math.nan for kind, values in means.items()}
+        )
+        burdens = [reading.burden for reading in readings if reading.healthy]
+        self._extra_columns["false_positive_share"] = float(np.mean(burdens)) if burdens else math.nan
+        self._extra_columns.update(pseudo_dice=dice, score=epoch_score(dice, readings))
+
+    def _watch(self, case: str) -> tuple[Tensor, Tensor]:
+        assert self._reader is not None
+        count = self.settings.bag_size if self.settings.patches == "bag" else 1
+        images, lungs = watch_patches(self._reader, case, self.configuration_manager.patch_size, count)
+        return self._to_device(images), self._to_device(lungs)
+
+    def _read_volume(self, case: str, healthy: bool) -> VolumeReading:
+        images, lungs = self._watch(case)
+        with self._precision():
+            # One patch at a time: a bag may be larger than what S is trained on.
+            logits = torch.cat([_levels(self.network(image[None]))[0] for image in images])
+        m = losses.lesion_probability(logits, regions=self.label_manager.has_regions)
+        size = lungs.sum().clamp(min=1)
+        return VolumeReading(case, healthy, float((m * lungs).sum() / size), float(((m > 0.5) * lungs).sum() / size))
+
+    def on_epoch_end(self) -> None:
+        """nnU-Net's, then our curves, gallery, and checkpoints by our rule and by the clock."""
+        epoch = self.current_epoch
+        super().on_epoch_end()
+        durations = (self.logger.get_value(f"epoch_{end}_timestamps", step=-1) for end in ("end", "start"))
+        self._extra_columns.update(lr_S=self.optimizer.param_groups[0]["lr"], seconds=next(durations) - next(durations))
+        is_best = self.best_epoch.update(self._extra_columns["score"])
+        self._report_epoch(epoch)
+        every = self.settings.gallery_every_epochs
+        if every and ((epoch + 1) % every == 0 or epoch + 1 == self.num_epochs):
+            self._draw_gallery(epoch)
+        # As in nnU-Net's on_train_end: the epoch counter has moved on, and a checkpoint stores the one after it.
+        self.current_epoch -= 1
+        if is_best:
+            self.print_to_log_file(f"New best score (moving average): {self.best_epoch.best:.4f}")
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
+        overdue = monotonic() - self._last_save > 60 * self.settings.save_every_minutes
+        if overdue and epoch + 1 < self.num_epochs:
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        self.current_epoch += 1
+
+    def _report_epoch(self, epoch: int) -> None:
+        columns = self._extra_columns
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in columns.items() if not math.isnan(value))
+        self.print_to_log_file(f"GASNet: {shown}")
+        self.curves.append(epoch, columns)
+        self.curves.plot()
+        for logger in self.logger.loggers:
+            for name, value in columns.items():
+                logger.log(f"gasnet/{name}", value, epoch)
+
+    @torch.no_grad()
+    def _draw_gallery(self, epoch: int) -> None:
+        """Draw I_d, M^, I_g, I_s, I_ps and M_ps of a few watched diseased volumes."""
+        assert self.adversary is not None
+        watched = self._watched_cases()
+        healthy_case = next(case for case, healthy in watched if healthy)
+        diseased = [case for case, healthy in watched if not healthy][:GALLERY_VOLUMES]
+        self.network.eval()
+        rows = []
+        for case in diseased:
+            (images, lungs), (healthy, healthy_lungs) = self._watch(case), self._watch(healthy_case)
+            with self._precision():
+                logits = torch.cat([_levels(self.network(image[None]))[0] for image in images])
+                m = losses.lesion_probability(logits, regions=self.label_manager.has_regions)
+                most = int(m.flatten(1).sum(1).argmax())
+                pick = slice(most, most + 1)
+                x = self.adversary.window.to_window(images[pick])
+                row = {"I_d": x, "M^": m[pick]}
+                if self.adversary.generator is not None:
+                    row["I_g"] = self.adversary.generate(x)
+                    shown = m[pick] * lungs[pick] if self.settings.restore_within_organ else m[pick]
+                    row["I_s"] = restore(x, row["I_g"], shown)
+            if self.settings.weight_pseudo and self._training_fraction() > self.settings.pseudo_start:
+                pair = {"diseased": images[pick], "healthy": healthy[pick], "lungs": healthy_lungs[pick]}
+                image, label = self._pseudo_labelled(pair, logits[pick])
+                row["I_ps"] = self.adversary.window.to_window(image)
+                row["M_ps"] = self._drawn_label(label)
+            rows.append({name: volume[0, 0].float().cpu().numpy() for name, volume in row.items()})
+        folder = Path(self.output_folder) / "gasnet_gallery"
+        folder.mkdir(exist_ok=True)
+        spacing = self.configuration_manager.spacing
+        save_gallery(folder / f"epoch_{epoch:04d}.png", rows, titles=diseased, aspect=spacing[1] / spacing[2])
+
+    def _drawn_label(self, label: Tensor) -> Tensor:
+        """M_ps as 0 background, 1 lesion, 2 ignored."""
+        if self.label_manager.has_regions:
+            lesion, ignored = label[:, :-1].any(1, keepdim=True), label[:, -1:]
+        else:
+            lesion, ignored = label > 0, label == self._ignore_label
+        return torch.where(ignored, 2, lesion.long())
+
+    def on_train_end(self) -> None:
+        """nnU-Net's, and the end of our worker processes."""
+        super().on_train_end()
+        for stream in (self._pairs, self._background):
+            if isinstance(stream, NonDetMultiThreadedAugmenter):
+                stream._finish()
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with G, D and their optimisers in it; the old file stays until the new one is whole."""
+        if self.disable_checkpointing or self.local_rank != 0:
+            super().save_checkpoint(filename)
+            return
+        assert self.adversary is not None
+        state = {"adversary": self.adversary.state_dict(), "best_epoch": self.best_epoch.state_dict()}
+        with _one_sentence():
+            write_checkpoint(Path(filename), super().save_checkpoint, {CHECKPOINT_KEY: state})
+        self._last_save = monotonic()
+
+    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        """Restore S, G, D, their optimisers, the scaler and the settings; on `--c` the checkpoint's settings win."""
+        with _one_sentence():
+            if not isinstance(filename_or_checkpoint, str):
+                raise UserError(f"{type(self).__name__} loads checkpoints by their path.")
+            checkpoint = read_checkpoint(Path(filename_or_checkpoint))
+            if CHECKPOINT_KEY not in checkpoint:
+                raise UserError(
+                    f"{filename_or_checkpoint} holds no GASNet state, so {type(self).__name__} cannot go on from it; "
+                    f"it was written by {checkpoint.get('trainer_name')}. To start from its weights use "
+                    "-pretrained_weights."
+                )
+            if not self.was_initialized:
+                self._adopt_settings(checkpoint["init_args"]["plans"])
+        super().load_checkpoint(filename_or_checkpoint)
+        assert self.adversary is not None
+        self.adversary.load_state_dict(checkpoint[CHECKPOINT_KEY]["adversary"])
+        self.best_epoch.load_state_dict(checkpoint[CHECKPOINT_KEY]["best_epoch"])
+        self._seed(self.current_epoch)
+
+    def _adopt_settings(self, plans: dict[str, Any]) -> None:
+        stored = self._settings_of(copy.deepcopy(plans), self.configuration_name)
+        differences = self.settings.differences(stored)
+        if differences:
+            self.print_to_log_file(
+                "The checkpoint was trained with other settings than the plans hold now; the checkpoint's win: "
+                + "; ".join(differences)
+            )
+        self._use_settings(stored, instead_of=self.settings)
+
+    def _seed(self, epoch: int) -> None:
+        """Seed weights and draws; a resumed training goes on with other patches than it began with."""
+        if self.settings.seed is not None:
+            torch.manual_seed(self.settings.seed + epoch)
+            np.random.seed(self.settings.seed + epoch)
+
+
+class SupervisedBaselineTrainer(GASNetTrainer):
+    """The fair baseline: the same S, schedule, augmentation and S updates, learning from the masks alone.
+
+    With `baseline_healthy` it learns L_hea on the healthy volumes too.
+    """
+
+    @classmethod
+    def adjust_settings(cls, settings: GASNetSettings) -> GASNetSettings:
+        """Switch off every term that needs a diseased volume."""
+        return settings.replace(
+            weight_healthy=settings.weight_healthy if settings.baseline_healthy else 0.0,
+            weight_mil=0.0,
+            weight_pseudo=0.0,
+            weight_adversarial=0.0,
+            weight_generated=0.0,
+            weight_diseased=0.0,
+            weight_reconstruction=0.0,
+        )
+
+
+def _levels(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """S's outputs, finest first, with or without deep supervision."""
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """End a user's mistake with its message: a plain exception would reach the user as nnU-Net's traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from None
