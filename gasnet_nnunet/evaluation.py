@@ -38,7 +38,7 @@ PERCENTAGES = {
 """Columns that a summary shows, as a share of 1, and their headings."""
 
 MODEL_COLOURS = ("#8a8f98", "#c8352c", "#2f6fb7", "#2a9d5c", "#e39a1c")
-CONFUSION_COLOURS = ListedColormap(["#7a4a1e", "#f2c400", "#27b34a"])
+CONFUSION_COLOURS = ListedColormap(["#8a5322", "#ffd21f", "#27b34a"])
 LUNG_WINDOW: Window = (-1250.0, 250.0)
 
 
@@ -233,7 +233,7 @@ def plot_overlays(
     """
     header = ["CT", "Truth", *predictions]
     with matplotlib.style.context("default"):
-        figure = Figure(figsize=(2.6 * len(header), 2.7 * len(cases) + 0.6), layout="constrained")
+        figure = Figure(figsize=(2.6 * len(header), 2.6 * len(cases) + 0.6), layout="constrained")
         grid = figure.subplots(len(cases), len(header), squeeze=False)
         for row, case in zip(grid, cases, strict=True):
             file = references / f"{case}{file_ending}"
@@ -252,8 +252,10 @@ def plot_overlays(
                 if overlay is not None:
                     _draw_confusion(axis, overlay[middle], true[middle], aspect)
             for axis, mask in zip(row[2:], found, strict=True):
-                score = score_case(mask, true)
-                text = f"Dice {100 * score['dice']:.0f} %" if true.any() else f"{int(mask.sum())} false voxels"
+                score = score_case(mask, true, voxel_ml=float(np.prod(reference.GetSpacing())) / 1000)
+                text = (
+                    f"Dice {100 * score['dice']:.0f} %" if true.any() else f"{score['predicted_ml']:.0f} ml, all false"
+                )
                 axis.text(0.03, 0.97, text, transform=axis.transAxes, va="top", color="white", fontsize=9)
             row[0].set_ylabel(case, fontsize=8)
         for axis, title in zip(grid[0], header, strict=True):
@@ -285,7 +287,7 @@ def _values(frame: pd.DataFrame, metric: str) -> pd.Series:
 def _draw_confusion(axis: Axes, found: Mask, true: Mask, aspect: float) -> None:
     kinds = np.select([found & true, found, true], [0, 1, 2], default=-1)
     shown = np.ma.masked_less(kinds, 0)
-    axis.imshow(shown, cmap=CONFUSION_COLOURS, vmin=0, vmax=2, alpha=0.8, interpolation="nearest", aspect=aspect)
+    axis.imshow(shown, cmap=CONFUSION_COLOURS, vmin=0, vmax=2, alpha=0.85, interpolation="nearest", aspect=aspect)
 
 
 def _read(path: Path) -> sitk.Image:
