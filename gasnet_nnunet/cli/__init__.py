@@ -8,14 +8,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from gasnet_nnunet import __version__
-from gasnet_nnunet.cli import doctor
+from gasnet_nnunet.cli import doctor, plan
+from gasnet_nnunet.cli.variadic import VariadicCommand
 from gasnet_nnunet.errors import UserError
 
 INTERRUPTED = 130
@@ -45,13 +46,14 @@ def _root(
     """GASNet for nnU-Net: lesion segmentation from one voxel-labelled CT and many that are only diagnosed."""
 
 
-def _register(group: typer.Typer, command: Callable[..., None]) -> None:
+def _register(group: typer.Typer, command: Callable[..., None], **options: Any) -> None:
     # The sections of a docstring are for readers of the code; typer makes the options' help from their annotations.
     text = re.split(r"\n\n(?:Args|Examples|Raises|Returns):", inspect.getdoc(command) or "")[0]
-    group.command(help=escape(text))(command)
+    group.command(help=escape(text), **options)(command)
 
 
 _register(app, doctor.doctor)
+_register(app, plan.plan, cls=VariadicCommand)
 
 
 def main() -> None:

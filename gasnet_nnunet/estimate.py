@@ -1,0 +1,193 @@
+"""What a training will cost: time by a measurement, memory by nnU-Net's feature map rule, disk by counting voxels."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
+
+from gasnet_nnunet.adversary import needs_discriminator, needs_generator
+from gasnet_nnunet.networks import Discriminator, Generator, Topology
+from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
+
+BYTES_PER_FEATURE_MAP_VOXEL = 8e9 / (2 * 560e6)
+"""nnU-Net's own reference: two patches of 560 million feature map voxels take 8 GB (mixed precision)."""
+FORWARD = 1 / 3
+"""Share of a forward pass in a forward and a backward pass."""
+MEASURED_VOXELS = {"cpu": 2**18, "cuda": 2**21, "mps": 2**20}
+"""Largest patch that is timed; times grow in proportion to voxels."""
+BYTES_PER_VOXEL = 4 + 2
+"""nnU-Net's preprocessed data before compression: float32 image of one channel, int16 label."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """Forward-and-backward passes of one volume that an iteration takes; a forward alone counts a third.
+
+    Args:
+        segmenter: Of S.
+        generator: Of G.
+        discriminator: Of D.
+    """
+
+    segmenter: float
+    generator: float
+    discriminator: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Estimate of a training.
+
+    Args:
+        device: Where it was measured, e.g. "cpu".
+        seconds_per_iteration: Of one S+G update with its D updates.
+        hours: Of the training.
+        memory_gb: Peak memory of the networks' feature maps.
+        disk_gb: Preprocessed data before compression.
+    """
+
+    device: str
+    seconds_per_iteration: float
+    hours: float
+    memory_gb: float
+    disk_gb: float
+
+
+def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
+    """Count the passes of Algorithm 1, averaged over the training.
+
+    S+G update: S on I_l, I_h and I_d, and on I_ps once it has joined; G on I_d and I_h; D on I_s and I_g.
+    Each D update: S and G forward on I_d; D on I_h, I_s, I_d and I_g.
+
+    Examples:
+        >>> passes_per_iteration(GASNetSettings(discriminator_steps=3, pseudo_start=0.5), batch_size=2)
+        Passes(segmenter=9.0, generator=6.0, discriminator=28.0)
+    """
+    volumes = settings.volumes_per_step or batch_size
+    g, d = needs_generator(settings), needs_discriminator(settings)
+    d_updates = settings.discriminator_steps if d else 0
+    adversarial, generated = bool(settings.weight_adversarial), bool(settings.weight_generated)
+    segmenter = batch_size * bool(settings.weight_labelled) + volumes * (
+        bool(settings.weight_healthy)
+        + bool(settings.weight_mil or adversarial)
+        + bool(settings.weight_pseudo) * (1 - settings.pseudo_start)
+        + d_updates * adversarial * FORWARD
+    )
+    generator = volumes * (d + bool(settings.weight_reconstruction) + d_updates * FORWARD) if g else 0.0
+    judged = 1 + adversarial + generated + bool(settings.weight_diseased)
+    discriminator = volumes * (adversarial + generated + d_updates * judged) if d else 0.0
+    return Passes(float(segmenter), float(generator), float(discriminator))
+
+
+def estimate_cost(configuration: dict[str, Any], *, channels: int, labels: int, voxels: int) -> Cost:
+    """Time a pass of S, G and D on the available device and count the rest.
+
+    Args:
+        configuration: The planned configuration with GASNet's settings.
+        channels: Image channels.
+        labels: Labels, as nnU-Net counts them for its memory rule.
+        voxels: Voxels of all cases at the target spacing.
+    """
+    settings = GASNetSettings.from_dict(configuration[PLANS_KEY])
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    patch = tuple(configuration["patch_size"])
+    arch = configuration["architecture"]
+    batch_size = configuration["batch_size"]
+    volumes = settings.volumes_per_step or batch_size
+    passes = passes_per_iteration(settings, batch_size)
+    topology = Topology.from_arch_kwargs(arch["arch_kwargs"])
+    timed = _timed_patch(patch, topology, MEASURED_VOXELS[device])
+
+    def build() -> tuple[nn.Module, nn.Module, nn.Module]:
+        segmenter = get_network_from_plans(
+            arch["network_class_name"], arch["arch_kwargs"], arch["_kw_requires_import"], channels, labels, False, True
+        )
+        generator = Generator(
+            channels,
+            topology,
+            features=settings.generator_features,
+            downsamplings=settings.generator_downsamplings,
+            residual_blocks=settings.generator_residual_blocks,
+        )
+        discriminator = Discriminator(
+            channels,
+            topology,
+            features=settings.discriminator_features,
+            layers=settings.discriminator_layers,
+            norm=settings.discriminator_norm,
+        )
+        return segmenter, generator, discriminator
+
+    per_volume = np.prod(patch) / np.prod(timed)
+    counts = (passes.segmenter, passes.generator, passes.discriminator)
+    seconds = per_volume * sum(
+        count * _seconds_of_a_pass(network.to(device), channels, timed, device)
+        for count, network in zip(counts, build(), strict=True)
+        if count
+    )
+    with torch.device("meta"):
+        maps_s, maps_g, maps_d = (_feature_maps(network, channels, patch) for network in build())
+    # The heaviest moment: S(I_d), G(I_d), D(I_s) and D(I_g) share one backward; or S on the labelled batch alone.
+    heaviest = max(batch_size * maps_s, volumes * (maps_s + bool(counts[1]) * maps_g + bool(counts[2]) * 2 * maps_d))
+    # Without mixed precision every value takes twice the room.
+    precision = 2 if device == "cpu" else 1
+    return Cost(
+        device=torch.cuda.get_device_name() if device == "cuda" else device,
+        seconds_per_iteration=float(seconds),
+        hours=float(seconds) * settings.num_epochs * settings.iterations_per_epoch / 3600,
+        memory_gb=heaviest * precision * BYTES_PER_FEATURE_MAP_VOXEL / 1e9,
+        disk_gb=voxels * (BYTES_PER_VOXEL + 4 * (channels - 1)) / 1e9,
+    )
+
+
+def _timed_patch(patch: tuple[int, ...], topology: Topology, most: int) -> tuple[int, ...]:
+    """The patch, its longest axes halved until it has at most `most` voxels and as far as the network allows it."""
+    divisor = np.prod(topology.strides, axis=0)
+    size = np.array(patch)
+    while np.prod(size) > most:
+        half = -(-size // 2 // divisor) * divisor
+        axis = int(np.argmax(size - half))
+        if half[axis] == size[axis] or half[axis] < 2 * divisor[axis]:
+            break
+        size[axis] = half[axis]
+    return tuple(int(edge) for edge in size)
+
+
+def _seconds_of_a_pass(network: nn.Module, channels: int, patch: tuple[int, ...], device: str) -> float:
+    """Seconds of one forward and backward pass of one volume; the second of two, the first warms up."""
+    x = torch.zeros(1, channels, *patch, device=device)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.autocast(device, enabled=device == "cuda"):
+            out = network(x)
+        loss = sum(o.float().square().mean() for o in (out if isinstance(out, list | tuple) else [out]))
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        # Waits until the device has finished.
+        loss.item()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def _feature_maps(network: nn.Module, channels: int, patch: tuple[int, ...]) -> int:
+    """Voxels of all convolutions' outputs for one patch, as nnU-Net counts them."""
+    counted = 0
+
+    def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal counted
+        counted += output.numel()
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.register_forward_hook(count)
+    network(torch.zeros(1, channels, *patch, device="meta"))
+    return counted

@@ -1,0 +1,723 @@
+"""Whole-lung plans: an nnU-Net planner that lets one patch hold the lungs, and the checks and files around it.
+
+As in the paper, a diseased patch is then a whole diseased patient, so that "this input shows disease" is always true.
+nnU-Net keeps everything else: its fingerprint, topology rules, batch size rule, resampling and preprocessing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from pydantic import Field, TypeAdapter, ValidationError
+from rich.progress import track
+
+from gasnet_nnunet import __version__
+from gasnet_nnunet.cohort import Cohort, abbreviate, cohort_of_files
+from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.files import write_json
+from gasnet_nnunet.geometry import Geometry, Patch, Topology, choose_geometry, covering_extent, nnunet_topology
+from gasnet_nnunet.lungs import CaseGeometry, measure_case
+from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings, load_preset, parse_assignments
+from gasnet_nnunet.splits import check_splits, make_splits, read_fold, write_splits
+
+CONFIGURATION = "3d_fullres"
+"""The configuration of nnU-Net's that the plans describe."""
+LUNG_WINDOW = (-1250.0, 250.0)
+"""The paper's window in HU (its section IV.A)."""
+HIGHEST_AIR = -500.0
+"""In a chest CT in HU at least half a percent of the voxels, air in or around the patient, lies below this."""
+GEOMETRY_CACHE = "gasnet_geometry.json"
+COHORT_CACHE = "gasnet_cohort.json"
+NNUNET_FOLDERS = {
+    "nnUNet_raw": nnUNet_raw,
+    "nnUNet_preprocessed": nnUNet_preprocessed,
+    "nnUNet_results": nnUNet_results,
+}
+
+PatchEdge = Annotated[int, Field(ge=8, le=1024)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
+class PlanningChoices:
+    """What a preset or the user fixes; the rest follows from the data.
+
+    Args:
+        patch_size: Patch (Z, Y, X) in voxels; derived from the data and the memory target if `None`.
+        base_features: Feature maps of S at full resolution, doubled with each stage, or those of every stage.
+        max_features: Most feature maps of a stage.
+        batch_size: Patches of a batch; by nnU-Net's rule if `None`.
+        hu_window: CT window in HU that the preprocessing clips to and maps to [-1, 1]; if `None`, the paper's
+            [-1250, 250] for lungs and the data's 0.5 and 99.5 percentiles for other organs.
+    """
+
+    patch_size: tuple[PatchEdge, PatchEdge, PatchEdge] | None = None
+    base_features: Count | tuple[Count, ...] = 32
+    max_features: Count = 320
+    batch_size: Count | None = None
+    hu_window: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.hu_window is not None and not self.hu_window[0] < self.hu_window[1]:
+            raise ValueError(f"hu_window must rise, not run from {self.hu_window[0]} to {self.hu_window[1]}")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of all choices."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PlanningChoices:
+        """Validate choices of a preset and of the command line.
+
+        Raises:
+            UserError: An impossible value.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            found = f" (found {values[name]!r})" if name in values else ""
+            raise UserError(
+                f"Impossible plan: {name + ': ' if name else ''}{problem['msg'].removeprefix('Value error, ')}{found}."
+            ) from None
+
+
+def resolve_choices(
+    preset: str, patch_size: Patch | None, features: Sequence[int], assignments: Sequence[str]
+) -> tuple[PlanningChoices, GASNetSettings]:
+    """Preset, then `--patch`, `--features` and `--set`: the later wins.
+
+    `--set` takes GASNet's settings and, because presets hold them too, the planner's `batch_size`, `max_features` and
+    `hu_window`.
+
+    Raises:
+        UserError: An unknown preset or setting, or an impossible value.
+    """
+    base = load_preset(preset)
+    assigned = parse_assignments(list(assignments))
+    planning = {**base.planning, **{name: assigned.pop(name) for name in PlanningChoices.names() if name in assigned}}
+    if patch_size is not None:
+        planning["patch_size"] = patch_size
+    if features:
+        planning["base_features"] = features[0] if len(features) == 1 else tuple(features)
+    changes = GASNetSettings.from_dict(assigned, source="--set").to_dict()
+    settings = base.settings.replace(**{name: changes[name] for name in assigned})
+    if settings.patches == "auto":
+        settings = settings.replace(patches="volume")
+    return PlanningChoices.from_dict(planning), settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A raw nnU-Net dataset.
+
+    Args:
+        name: Name of its folder, e.g. `Dataset501_Covid`.
+        raw: Its folder in nnUNet_raw.
+        preprocessed: Its folder in nnUNet_preprocessed, which may not exist yet.
+        dataset_json: Content of `dataset.json`.
+        files: Images (one a channel) and label file of each case.
+    """
+
+    name: str
+    raw: Path
+    preprocessed: Path
+    dataset_json: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def number(self) -> int:
+        """nnU-Net's dataset id."""
+        return int(self.name[len("Dataset") :].split("_")[0])
+
+    @property
+    def ct_channels(self) -> list[int]:
+        """Channels that nnU-Net normalises as CT, by their names."""
+        names = list(self.dataset_json["channel_names"].values())
+        return [channel for channel, name in enumerate(names) if str(name).casefold() == "ct"]
+
+
+def find_dataset(name_or_id: str) -> Dataset:
+    """Find a raw dataset and check that it is whole, before any long work.
+
+    Args:
+        name_or_id: `501`, `Dataset501_Covid`.
+
+    Raises:
+        UserError: nnU-Net's folders are not set; no or several datasets of that id; `dataset.json` missing, broken or
+            incomplete; no cases, or a case whose number of channels is wrong.
+    """
+    for variable, folder in NNUNET_FOLDERS.items():
+        if not folder.is_set():
+            raise UserError(f"{variable} is not set. nnU-Net needs it: export {variable}=/a/folder")
+    name = _dataset_name(name_or_id)
+    raw = Path(nnUNet_raw) / name
+    path = raw / "dataset.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist. Make a dataset with: gasnet-nnunet convert folders --id N --name NAME ..."
+        )
+    dataset_json = read_json(path)
+    for key in ("channel_names", "labels", "numTraining", "file_ending"):
+        if key not in dataset_json:
+            raise UserError(f"{path} has no '{key}', which nnU-Net needs.")
+    if "dataset" not in dataset_json and not (raw / "imagesTr").is_dir():
+        raise UserError(f"{raw} has no folder imagesTr with the CTs <case>_0000{dataset_json['file_ending']}.")
+    files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    if not files:
+        raise UserError(f"{raw / 'imagesTr'} holds no file named <case>_0000{dataset_json['file_ending']}.")
+    channels = len(dataset_json["channel_names"])
+    for case, entry in files.items():
+        if len(entry["images"]) != channels:
+            raise UserError(
+                f"{case} has {len(entry['images'])} image files in {raw / 'imagesTr'}, but dataset.json names "
+                f"{channels} channels ({', '.join(map(str, dataset_json['channel_names'].values()))})."
+            )
+    if dataset_json["numTraining"] != len(files):
+        raise UserError(f"{path} says numTraining {dataset_json['numTraining']}, but there are {len(files)} cases.")
+    return Dataset(name, raw, Path(nnUNet_preprocessed) / name, dataset_json, files)
+
+
+def _dataset_name(name_or_id: str) -> str:
+    if re.fullmatch(r"Dataset\d{3,}_.+", name_or_id):
+        return name_or_id
+    if not name_or_id.isdecimal():
+        raise UserError(f"'{name_or_id}' is no dataset; expected its id, e.g. 501, or its name, e.g. Dataset501_Covid.")
+    found = [str(name) for name in find_candidate_datasets(int(name_or_id))]
+    if len(found) != 1:
+        which = f"several ({', '.join(found)})" if found else "none"
+        folders = ", ".join(f"{variable}={folder}" for variable, folder in NNUNET_FOLDERS.items())
+        raise UserError(f"Expected one dataset of id {name_or_id}, found {which} in {folders}.")
+    return found[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file is no readable JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; a JSON object is expected.")
+    return content
+
+
+def measure_dataset(
+    dataset: Dataset, organ: str, *, num_processes: int = 1, progress: bool = False
+) -> dict[str, CaseGeometry]:
+    """Measure organ box and intensities of every case, only those that changed since the last time.
+
+    Masks in `lungsTr` of the raw dataset win over computed ones.
+
+    Args:
+        dataset: The dataset.
+        organ: "lungs", "body" or "volume".
+        num_processes: Cases measured at a time.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: An image cannot be read, or a mask does not match it.
+    """
+    cache = dataset.preprocessed / GEOMETRY_CACHE
+    known = read_json(cache) if cache.is_file() else {}
+    channel = (dataset.ct_channels or [0])[0]
+    jobs: dict[str, tuple[Path, Path | None, str]] = {}
+    stamps: dict[str, list[Any]] = {}
+    for case, entry in dataset.files.items():
+        mask = dataset.raw / "lungsTr" / f"{case}{dataset.dataset_json['file_ending']}"
+        jobs[case] = (Path(entry["images"][channel]), mask if mask.is_file() and organ != "volume" else None, organ)
+        stamps[case] = [__version__, organ]
+        for path in jobs[case][:2]:
+            stamps[case] += [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path else [None]
+    entries = {case: known[case] for case, stamp in stamps.items() if known.get(case, {}).get("stamp") == stamp}
+    pending = [case for case in jobs if case not in entries]
+    try:
+        results = _measure([jobs[case] for case in pending], num_processes)
+        shown = track(results, f"Measuring {organ}", total=len(pending), disable=not (progress and pending))
+        for case, measured in zip(pending, shown, strict=True):
+            entries[case] = {"stamp": stamps[case], "geometry": dataclasses.asdict(measured)}
+    finally:
+        # Also after Ctrl-C or one broken file: what was measured need not be measured again.
+        if pending:
+            dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+            write_json(cache, entries)
+    return {case: TypeAdapter(CaseGeometry).validate_python(entries[case]["geometry"]) for case in jobs}
+
+
+def _measure(jobs: Sequence[tuple[Path, Path | None, str]], num_processes: int) -> Iterator[CaseGeometry]:
+    if num_processes <= 1 or len(jobs) <= 1:
+        yield from (measure_case(*job) for job in jobs)
+        return
+    # Spawn, because a fork of a process that has used CUDA or threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(num_processes, len(jobs)), mp_context=context) as executor:
+        yield from executor.map(measure_case, *zip(*jobs, strict=True))
+
+
+def check_measures(dataset: Dataset, measures: Mapping[str, CaseGeometry], organ: str) -> None:
+    """Refuse data that no lung window fits, and cases without the organ.
+
+    Raises:
+        UserError: A CT is not in Hounsfield units; a case has no organ.
+    """
+    if dataset.ct_channels:
+        # Fat and water-filled organs are near 0 HU: a crop of them shows no air, but values below 0.
+        limit = HIGHEST_AIR if organ == "lungs" else 0.0
+        wrong = [case for case, measure in measures.items() if not measure.intensity[1] < limit]
+        if wrong:
+            low, _, _, _, high = measures[wrong[0]].intensity
+            raise UserError(
+                f"{len(wrong)} of {len(measures)} CTs are not in Hounsfield units: {abbreviate(wrong)}. {wrong[0]} "
+                f"runs from {low:g} to {high:g}; expected air near -1000. Convert them with: gasnet-nnunet convert "
+                "folders ... --rescale LO HI HU_LO HU_HI (e.g. --rescale 0 255 -1250 250). If they are no CT, give the "
+                "channel another name than 'CT' in dataset.json and plan with --set organ=volume."
+            )
+    missing = [case for case, measure in measures.items() if measure.box is None]
+    if missing:
+        raise UserError(
+            f"No {organ} found in {abbreviate(missing)}. Look at the scan; if it does show {organ}, put a mask of them "
+            f"at {dataset.raw / 'lungsTr' / missing[0]}{dataset.dataset_json['file_ending']}, else take the case out, "
+            "or plan with --set organ=body or --set organ=volume."
+        )
+
+
+def fingerprint_is_current(dataset: Dataset) -> bool:
+    """Whether nnU-Net's fingerprint is there and no older than the raw data."""
+    path = dataset.preprocessed / "dataset_fingerprint.json"
+    if not path.is_file() or len(read_json(path)["spacings"]) != len(dataset.files):
+        return False
+    sources = [dataset.raw / "dataset.json"]
+    for entry in dataset.files.values():
+        sources += [Path(entry["label"]), *map(Path, entry["images"])]
+    return path.stat().st_mtime >= max(source.stat().st_mtime for source in sources)
+
+
+class WholeLungPlanner(ExperimentPlanner):
+    """nnU-Net's planner with spacing and patch chosen so that one patch holds the organ of nearly every case.
+
+    Axes are never transposed (nnU-Net puts the axis of largest spacing first): for axial CTs read as (Z, Y, X) that
+    changes nothing, and a patch given as (Z, Y, X), the mirror axes and the box of the lungs keep their meaning.
+
+    Args:
+        dataset: The dataset, whose fingerprint exists.
+        measures: Organ box, spacing and intensities of each case.
+        choices: What is fixed.
+        settings: GASNet's settings, to be written into the plans.
+        plans_name: Name of the plans.
+        gpu_memory_gb: Memory target of nnU-Net's VRAM rule in GB.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        measures: Mapping[str, CaseGeometry],
+        choices: PlanningChoices,
+        settings: GASNetSettings,
+        *,
+        plans_name: str,
+        gpu_memory_gb: float = 8.0,
+    ) -> None:
+        super().__init__(
+            dataset.name, gpu_memory_target_in_gb=gpu_memory_gb, plans_name=plans_name, suppress_transpose=True
+        )
+        self.source = dataset
+        self.measures = measures
+        self.choices = choices
+        self.settings = settings
+        self.UNet_max_features_3d = choices.max_features
+        self._feature_maps: dict[tuple[Any, ...], int] = {}
+
+    @property
+    def extents(self) -> np.ndarray:
+        """Organ box sizes in mm, (N, 3)."""
+        return np.array([measure.box_mm for measure in self.measures.values()])
+
+    def choose_geometry(self) -> Geometry:
+        """Spacing, patch and topology."""
+        return choose_geometry(
+            self.extents,
+            np.array([measure.spacing for measure in self.measures.values()]),
+            self.choices.patch_size,
+            preferred_spacing=self.determine_fullres_target_spacing(),
+            fits_memory=lambda spacing, patch: self.feature_maps(nnunet_topology(spacing, patch)) <= self.reference,
+        )
+
+    @property
+    def reference(self) -> float:
+        """Feature map voxels that nnU-Net's memory target allows at its smallest batch of 2."""
+        return self.UNet_reference_val_3d * self.UNet_vram_target_GB / self.UNet_reference_val_corresp_GB
+
+    def features_per_stage(self, stages: int) -> tuple[int, ...]:
+        """Feature maps of each stage of S.
+
+        Raises:
+            UserError: One number a stage was given, but the number of stages is another.
+        """
+        base, most = self.choices.base_features, self.choices.max_features
+        if isinstance(base, int):
+            return tuple(min(base * 2**stage, most) for stage in range(stages))
+        if len(base) != stages:
+            raise UserError(
+                f"--features names {len(base)} stages, but the planned network has {stages}. Give {stages} numbers, or "
+                "one that is doubled with each stage."
+            )
+        return tuple(min(features, most) for features in base)
+
+    def architecture(self, topology: Topology) -> dict[str, Any]:
+        """nnU-Net's plain U-Net of a topology, as it stands in the plans."""
+        stages = len(topology.strides)
+        return {
+            "network_class_name": f"{self.UNet_class.__module__}.{self.UNet_class.__name__}",
+            "arch_kwargs": {
+                "n_stages": stages,
+                "features_per_stage": self.features_per_stage(stages),
+                "conv_op": "torch.nn.modules.conv.Conv3d",
+                "kernel_sizes": topology.kernel_sizes,
+                "strides": topology.strides,
+                "n_conv_per_stage": self.UNet_blocks_per_stage_encoder[:stages],
+                "n_conv_per_stage_decoder": self.UNet_blocks_per_stage_decoder[: stages - 1],
+                "conv_bias": True,
+                "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+                "dropout_op": None,
+                "dropout_op_kwargs": None,
+                "nonlin": "torch.nn.LeakyReLU",
+                "nonlin_kwargs": {"inplace": True},
+            },
+            "_kw_requires_import": ("conv_op", "norm_op", "dropout_op", "nonlin"),
+        }
+
+    def feature_maps(self, topology: Topology) -> int:
+        """Feature map voxels of S for one patch: nnU-Net's measure of memory."""
+        key = (topology.patch_size, topology.strides)
+        if key not in self._feature_maps:
+            architecture = self.architecture(topology)
+            # On the meta device the network has shapes but no weights: a search over hundreds of them takes seconds.
+            with torch.device("meta"):
+                self._feature_maps[key] = int(
+                    self.static_estimate_VRAM_usage(
+                        topology.patch_size,
+                        len(self.dataset_json["channel_names"]),
+                        len(self.dataset_json["labels"]),
+                        architecture["network_class_name"],
+                        architecture["arch_kwargs"],
+                        architecture["_kw_requires_import"],
+                    )
+                )
+        return self._feature_maps[key]
+
+    def batch_size(self, topology: Topology, voxels: float) -> int:
+        """The given batch size, or nnU-Net's rule: fill the memory target, at most 5 % of the data, at least 2."""
+        if self.choices.batch_size is not None:
+            return self.choices.batch_size
+        filling = round(self.reference / self.feature_maps(topology) * self.UNet_reference_val_corresp_bs_3d)
+        most = round(voxels * self.max_dataset_covered / np.prod(topology.patch_size, dtype=np.float64))
+        return max(min(filling, most), self.UNet_min_batch_size)
+
+    def hu_window(self) -> tuple[float, float]:
+        """CT window in HU."""
+        if self.choices.hu_window is not None:
+            return self.choices.hu_window
+        if self.settings.organ == "lungs":
+            return LUNG_WINDOW
+        low, high = np.median([[m.intensity[1], m.intensity[3]] for m in self.measures.values()], axis=0)
+        return float(np.floor(low)), float(np.ceil(high))
+
+    def intensity_properties(self) -> dict[str, dict[str, float]]:
+        """nnU-Net's intensity properties, in CT channels with the window in place of the foreground's percentiles.
+
+        nnU-Net's own foreground counts voxels labelled `ignore`, so that its percentiles would be those of whole scans.
+        With these four numbers CTNormalization clips to the window and maps it to [-1, 1].
+        """
+        low, high = self.hu_window()
+        window = {"percentile_00_5": low, "percentile_99_5": high, "mean": (low + high) / 2, "std": (high - low) / 2}
+        found = self.dataset_fingerprint["foreground_intensity_properties_per_channel"]
+        return {
+            channel: {**values, **(window if int(channel) in self.source.ct_channels else {})}
+            for channel, values in found.items()
+        }
+
+    def plan_experiment(self) -> dict[str, Any]:
+        """Make the plans, without writing them.
+
+        Raises:
+            UserError: As `features_per_stage`.
+        """
+        geometry = self.choose_geometry()
+        shapes, spacings = self.dataset_fingerprint["shapes_after_crop"], self.dataset_fingerprint["spacings"]
+        resampled = [compute_new_shape(*case, geometry.spacing) for case in zip(shapes, spacings, strict=True)]
+        median_shape = np.median(resampled, axis=0)
+        voxels = float(np.prod(median_shape)) * len(resampled)
+        resampling, resampling_kwargs, resampling_seg, resampling_seg_kwargs = self.determine_resampling()
+        export, export_kwargs = self.determine_segmentation_softmax_export_fn()
+        schemes, use_mask = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        transpose_forward, transpose_backward = self.determine_transpose()
+        configuration = {
+            "data_identifier": self.generate_data_identifier(CONFIGURATION),
+            "preprocessor_name": self.preprocessor_name,
+            "batch_size": self.batch_size(geometry.topology, voxels),
+            "patch_size": geometry.patch_size,
+            "median_image_size_in_voxels": median_shape,
+            "spacing": geometry.spacing,
+            "normalization_schemes": schemes,
+            "use_mask_for_norm": use_mask,
+            "resampling_fn_data": resampling.__name__,
+            "resampling_fn_seg": resampling_seg.__name__,
+            "resampling_fn_data_kwargs": resampling_kwargs,
+            "resampling_fn_seg_kwargs": resampling_seg_kwargs,
+            "resampling_fn_probabilities": export.__name__,
+            "resampling_fn_probabilities_kwargs": export_kwargs,
+            "architecture": self.architecture(geometry.topology),
+            "batch_dice": False,
+            PLANS_KEY: self.settings.to_dict(),
+        }
+        plans = {
+            "dataset_name": self.dataset_name,
+            "plans_name": self.plans_identifier,
+            "original_median_spacing_after_transp": [float(i) for i in np.median(spacings, axis=0)],
+            "original_median_shape_after_transp": [round(i) for i in np.median(shapes, axis=0)],
+            "image_reader_writer": self.determine_reader_writer().__name__,
+            "transpose_forward": transpose_forward,
+            "transpose_backward": transpose_backward,
+            "configurations": {CONFIGURATION: configuration},
+            # nnU-Net looks planners up in its own tree, where ours is not.
+            "experiment_planner_used": ExperimentPlanner.__name__,
+            "label_manager": "LabelManager",
+            "foreground_intensity_properties_per_channel": self.intensity_properties(),
+        }
+        recursive_fix_for_json_export(plans)
+        self.plans = plans
+        return plans
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        """Write the plans whole or not at all, keeping the user's further configurations as nnU-Net does."""
+        path = plans_path(self.source, self.plans_identifier)
+        if path.is_file():
+            plans["configurations"] = {**read_json(path)["configurations"], **plans["configurations"]}
+        write_json(path, plans)
+
+
+def plans_path(dataset: Dataset, plans_name: str) -> Path:
+    """Plans file of a name."""
+    return dataset.preprocessed / f"{plans_name}.json"
+
+
+def check_plans_name(dataset: Dataset, plans_name: str) -> None:
+    """Refuse names that nnU-Net cannot use, and plans that are not ours.
+
+    Raises:
+        UserError: As said.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", plans_name) or "__" in plans_name:
+        raise UserError(
+            f"--name {plans_name!r} cannot be used: letters, digits, '-' and '_' only, and no '__', at which nnU-Net "
+            "splits the names of its folders."
+        )
+    path = plans_path(dataset, plans_name)
+    if path.is_file() and PLANS_KEY not in read_json(path).get("configurations", {}).get(CONFIGURATION, {}):
+        raise UserError(
+            f"{path} is there already and was not made by gasnet-nnunet plan. Choose another --name; it is left alone."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What planning came to.
+
+    Args:
+        dataset: The dataset.
+        cohort: Its cases.
+        measures: Organ box and intensities of each case.
+        choices: What was fixed.
+        settings: GASNet's settings.
+        geometry: Spacing, patch and topology.
+        plans: Content of the plans file.
+        splits_file: `splits_final.json`.
+        folds: Number of its folds.
+        splits_are_ours: False where another split file was there and kept.
+    """
+
+    dataset: Dataset
+    cohort: Cohort
+    measures: dict[str, CaseGeometry]
+    choices: PlanningChoices
+    settings: GASNetSettings
+    geometry: Geometry
+    plans: dict[str, Any]
+    splits_file: Path
+    folds: int
+    splits_are_ours: bool
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The planned configuration."""
+        return self.plans["configurations"][CONFIGURATION]
+
+    @property
+    def plans_file(self) -> Path:
+        """Where the plans stand."""
+        return plans_path(self.dataset, self.plans["plans_name"])
+
+    @property
+    def data_folder(self) -> Path:
+        """Where nnU-Net's preprocessing writes."""
+        return self.dataset.preprocessed / str(self.configuration["data_identifier"])
+
+    @property
+    def covered_extent(self) -> np.ndarray:
+        """Box size in mm that the patch was made for, (3,)."""
+        return covering_extent(np.array([measure.box_mm for measure in self.measures.values()]))
+
+    @property
+    def patch_mm(self) -> np.ndarray:
+        """Patch size in mm, (3,)."""
+        return np.array(self.geometry.patch_size) * np.array(self.geometry.spacing)
+
+    @property
+    def median_spacing(self) -> np.ndarray:
+        """Median of the data's spacings in mm, (3,)."""
+        return np.median([measure.spacing for measure in self.measures.values()], axis=0)
+
+    @property
+    def window_reason(self) -> str:
+        """Where the CT window comes from."""
+        if self.choices.hu_window is not None:
+            return "given."
+        return "the paper's." if self.settings.organ == "lungs" else "0.5 and 99.5 percentile of the median scan."
+
+    @property
+    def unused(self) -> str:
+        """Cases that fold 0 of a kept split leaves out, as a text; empty if there are none."""
+        fold = read_fold(self.splits_file, 0, self.cohort)
+        used = {case for cases in dataclasses.astuple(fold) for case in cases}
+        return abbreviate([case for case in sorted(self.cohort.cases) if case not in used])
+
+    @property
+    def cut_off(self) -> list[str]:
+        """Cases whose organ one patch does not hold."""
+        held = self.geometry.holds(np.array([measure.box_mm for measure in self.measures.values()]))
+        return [case for case, is_held in zip(self.measures, held, strict=True) if not is_held]
+
+    @property
+    def voxels(self) -> int:
+        """Voxels of all cases at the target spacing."""
+        return sum(
+            int(np.prod(compute_new_shape(measure.shape, measure.spacing, self.geometry.spacing), dtype=np.int64))
+            for measure in self.measures.values()
+        )
+
+
+def make_plans(
+    name_or_id: str,
+    choices: PlanningChoices,
+    settings: GASNetSettings,
+    *,
+    plans_name: str = "GASNetPlans",
+    gpu_memory_gb: float = 8.0,
+    num_processes: int = 1,
+    progress: bool = False,
+) -> Planned:
+    """Check the dataset, measure it, choose, and write plans, splits and `dataset.json` for nnU-Net's preprocessing.
+
+    Nothing but caches and nnU-Net's fingerprint is written before everything is decided. An existing
+    `splits_final.json` is never overwritten.
+
+    Args:
+        name_or_id: The dataset.
+        choices: What is fixed.
+        settings: GASNet's settings.
+        plans_name: Name of the plans.
+        gpu_memory_gb: Memory target of nnU-Net's VRAM rule in GB.
+        num_processes: Processes that read cases.
+        progress: Show progress bars.
+
+    Raises:
+        UserError: Anything that the user has to mend first.
+    """
+    dataset = find_dataset(name_or_id)
+    check_plans_name(dataset, plans_name)
+    if settings.organ != "volume" and not dataset.ct_channels:
+        names = ", ".join(map(str, dataset.dataset_json["channel_names"].values()))
+        raise UserError(
+            f"The {settings.organ} are found by their density, but no channel of {dataset.name} is named 'CT' "
+            f"(found: {names}). Plan with --set organ=volume, or correct channel_names in dataset.json."
+        )
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    cohort = cohort_of_files(
+        {case: Path(entry["label"]) for case, entry in dataset.files.items()},
+        dataset.dataset_json,
+        cache=dataset.preprocessed / COHORT_CACHE,
+        num_processes=num_processes,
+        progress=progress,
+    )
+    splits_file = dataset.preprocessed / "splits_final.json"
+    _check_existing_splits(dataset, splits_file, cohort)
+    measures = measure_dataset(dataset, settings.organ, num_processes=num_processes, progress=progress)
+    check_measures(dataset, measures, settings.organ)
+    if not fingerprint_is_current(dataset):
+        with contextlib.redirect_stdout(io.StringIO()):
+            extract_fingerprint_dataset(
+                dataset.number, num_processes=num_processes, verbose=False, show_progress_bar=progress
+            )
+    planner = WholeLungPlanner(dataset, measures, choices, settings, plans_name=plans_name, gpu_memory_gb=gpu_memory_gb)
+    plans = planner.plan_experiment()
+    # Read again, because nnU-Net's listing of the files resolves the paths of a 'dataset' entry in place.
+    write_json(dataset.preprocessed / "dataset.json", read_json(dataset.raw / "dataset.json"))
+    ours = write_splits(splits_file, make_splits(cohort))
+    planner.save_plans(plans)
+    return Planned(
+        dataset=dataset,
+        cohort=cohort,
+        measures=measures,
+        choices=choices,
+        settings=settings,
+        geometry=planner.choose_geometry(),
+        plans=plans,
+        splits_file=splits_file,
+        folds=check_splits(splits_file, cohort),
+        splits_are_ours=ours,
+    )
+
+
+def run_preprocessing(planned: Planned, *, num_processes: int = 1) -> None:
+    """nnU-Net's preprocessing of the planned configuration, with its progress bar."""
+    # It prints the whole configuration, which the plans file holds.
+    with contextlib.redirect_stdout(io.StringIO()):
+        preprocess_dataset(
+            planned.dataset.number, planned.plans["plans_name"], (CONFIGURATION,), num_processes=(num_processes,)
+        )
+
+
+def _check_existing_splits(dataset: Dataset, splits_file: Path, cohort: Cohort) -> None:
+    """nnU-Net copies a split file out of nnUNet_raw, and asserts that it is the one in nnUNet_preprocessed."""
+    given = dataset.raw / "splits_final.json"
+    if given.is_file() and splits_file.is_file() and given.read_text() != splits_file.read_text():
+        raise UserError(f"{given} and {splits_file} are two different splits. Keep the one you want.")
+    for path in (splits_file, given):
+        if path.is_file():
+            check_splits(path, cohort)
