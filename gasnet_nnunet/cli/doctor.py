@@ -31,7 +31,7 @@ STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 # Run as nnUNetv2_train is: by this interpreter, in a process of its own, without the working directory on the path. All
 # that the look-up prints goes to stderr, so that each line of stdout is an answer.
 PROBE = f"""
-import contextlib, inspect, json, os, sys
+import contextlib, json, sys
 sys.path[:] = [path for path in sys.path if path]
 def answer(name, function):
     try:
@@ -52,7 +52,9 @@ def device():
 def trainer():
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
     found = recursive_find_trainer_class_by_name("{TRAINER}")
-    return dict(module=found.__module__, file=inspect.getfile(found))
+    # nnU-Net forgets the modules of other people's folders after the look-up.
+    file = getattr(sys.modules.get(found.__module__), "__file__", None)
+    return dict(module=found.__module__, file=file or f"{{found.__module__}}.py, in a folder of nnUNet_extTrainer")
 answer("device", device)
 answer("trainer", trainer)
 """

@@ -1,0 +1,17 @@
+"""What all tests share; what one file needs stands in that file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty `raw`, `preprocessed` and `results` folders, set for nnU-Net, and data loading in this process."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    return tmp_path
