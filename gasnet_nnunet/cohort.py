@@ -11,18 +11,20 @@ Nobody else in this package looks at label values to guess a kind.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
-from itertools import repeat
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
+from gasnet_nnunet.parallel import run_jobs
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 TINY_MASK_VOXELS = 10
 FEW_CASES = 3
@@ -357,22 +359,13 @@ def count_label_values(path: Path, ending: str, reader_name: str | None = None) 
         reader_name: `overwrite_image_reader_writer` of the dataset, if it has one.
     """
     import numpy as np
-    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
 
-    if reader_name:
-        readers = [recursive_find_reader_writer_by_name(reader_name)]
-    else:
-        readers = [reader for reader in LIST_OF_IO_CLASSES if ending.lower() in reader.supported_file_endings]
-    failures = []
-    for reader in readers:
-        try:
-            volume = reader().read_seg(str(path))[0]
-            break
-        # Readers report a broken file by whatever their library raises; it becomes the message.
-        except Exception as error:
-            failures.append(" ".join(str(error).split())[-200:])
-    else:
-        return f"{path} cannot be read as a label file: {failures[0] if failures else f'no reader for {ending}'}"
+    from gasnet_nnunet.volumes import NIFTI_ENDINGS, read_nifti_values
+
+    try:
+        volume = read_nifti_values(path) if ending in NIFTI_ENDINGS else _read_as_nnunet(path, ending, reader_name)
+    except UserError as error:
+        return str(error)
     totals: dict[int, int] = {}
     # Slice by slice: np.unique on a whole CT sorts some 10^8 voxels.
     for plane in volume.reshape(-1, *volume.shape[-2:]):
@@ -387,6 +380,23 @@ def count_label_values(path: Path, ending: str, reader_name: str | None = None) 
         for value in np.flatnonzero(found):
             totals[int(value)] = totals.get(int(value), 0) + int(found[value])
     return totals
+
+
+def _read_as_nnunet(path: Path, ending: str, reader_name: str | None) -> NDArray[Any]:
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
+
+    if reader_name:
+        readers = [recursive_find_reader_writer_by_name(reader_name)]
+    else:
+        readers = [reader for reader in LIST_OF_IO_CLASSES if ending.lower() in reader.supported_file_endings]
+    failure = f"nnU-Net has no reader for {ending}"
+    for reader in readers:
+        try:
+            return reader().read_seg(str(path))[0]
+        # Readers report a broken file by whatever their library raises; it becomes the message.
+        except Exception as error:
+            failure = " ".join(str(error).split())[-200:]
+    raise UserError(f"{path} cannot be read as a label file: {failure}")
 
 
 def _overrulings(dataset_json: Mapping[str, Any], known: set[str]) -> dict[str, Kind]:
@@ -427,12 +437,16 @@ def _count_all(
             counts[identifier] = {int(value): count for value, count in entry["counts"].items()}
     pending = [identifier for identifier in files if identifier not in counts]
     reader = dataset_json.get("overwrite_image_reader_writer")
-    results = _count_pending(
+    read = partial(
+        count_label_values,
+        ending=str(dataset_json["file_ending"]),
+        reader_name=None if reader in (None, "None") else str(reader),
+    )
+    results = run_jobs(
+        read,
         [files[identifier] for identifier in pending],
-        str(dataset_json["file_ending"]),
-        None if reader in (None, "None") else str(reader),
-        num_processes,
-        progress,
+        num_processes=num_processes,
+        description="Reading labels" if progress else None,
     )
     problems = []
     for identifier, result in zip(pending, results, strict=True):
@@ -448,26 +462,6 @@ def _count_all(
         write_json(cache, entries)
     raise_problems(problems, "the label files")
     return counts
-
-
-def _count_pending(
-    paths: Sequence[Path], ending: str, reader_name: str | None, num_processes: int, progress: bool
-) -> list[dict[int, int] | str]:
-    def shown(results: Iterable[dict[int, int] | str]) -> list[dict[int, int] | str]:
-        if not progress or not paths:
-            return list(results)
-        from rich.progress import track
-
-        return list(track(results, description="Reading labels", total=len(paths)))
-
-    arguments = (paths, repeat(ending), repeat(reader_name))
-    # Starting a process takes as long as reading several labels.
-    if num_processes <= 1 or len(paths) <= 4 * num_processes:
-        return shown(map(count_label_values, *arguments))
-    # Spawn, because a fork of a process that has used CUDA or threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as executor:
-        return shown(executor.map(count_label_values, *arguments))
 
 
 def _load_cache(cache: Path | None) -> dict[str, Any]:

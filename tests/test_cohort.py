@@ -148,8 +148,8 @@ def test_broken_files_are_named_all_at_once(labels: Path) -> None:
     (labels / "well.nii.gz").write_text("not an image")
     with pytest.raises(UserError, match=r"2 problems") as caught:
         read_cohort(labels, DATASET)
-    assert "ill.nii.gz cannot be read" in str(caught.value)
-    assert "well.nii.gz cannot be read" in str(caught.value)
+    assert "ill.nii.gz is damaged or incomplete" in str(caught.value)
+    assert "well.nii.gz is damaged or incomplete" in str(caught.value)
 
 
 def test_missing_label_files_and_folders_are_named(labels: Path, tmp_path: Path) -> None:
