@@ -10,10 +10,9 @@ import contextlib
 import dataclasses
 import io
 import json
-import multiprocessing
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,20 +21,18 @@ import pydantic
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.paths import nnUNet_results
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from pydantic import Field, TypeAdapter, ValidationError
-from rich.progress import track
 
-from gasnet_nnunet import __version__
 from gasnet_nnunet.cohort import Cohort, abbreviate, cohort_of_files
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
 from gasnet_nnunet.geometry import Geometry, Patch, Topology, choose_geometry, covering_extent, nnunet_topology
-from gasnet_nnunet.lungs import CaseGeometry, measure_case
+from gasnet_nnunet.lungs import CaseGeometry
+from gasnet_nnunet.raw_dataset import Dataset, check_grids, check_measures, find_dataset, measure_dataset, read_json
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings, load_preset, parse_assignments
 from gasnet_nnunet.splits import check_splits, make_splits, read_fold, write_splits
 
@@ -43,15 +40,9 @@ CONFIGURATION = "3d_fullres"
 """The configuration of nnU-Net's that the plans describe."""
 LUNG_WINDOW = (-1250.0, 250.0)
 """The paper's window in HU (its section IV.A)."""
-HIGHEST_AIR = -500.0
-"""In a chest CT in HU at least half a percent of the voxels, air in or around the patient, lies below this."""
-GEOMETRY_CACHE = "gasnet_geometry.json"
 COHORT_CACHE = "gasnet_cohort.json"
-NNUNET_FOLDERS = {
-    "nnUNet_raw": nnUNet_raw,
-    "nnUNet_preprocessed": nnUNet_preprocessed,
-    "nnUNet_results": nnUNet_results,
-}
+PREPROCESSING_RECORD = "gasnet_preprocessed.json"
+"""What the preprocessed data of each plan were made with."""
 
 PatchEdge = Annotated[int, Field(ge=8, le=1024)]
 Count = Annotated[int, Field(ge=1)]
@@ -128,193 +119,12 @@ def resolve_choices(
     return PlanningChoices.from_dict(planning), settings
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A raw nnU-Net dataset.
-
-    Args:
-        name: Name of its folder, e.g. `Dataset501_Covid`.
-        raw: Its folder in nnUNet_raw.
-        preprocessed: Its folder in nnUNet_preprocessed, which may not exist yet.
-        dataset_json: Content of `dataset.json`.
-        files: Images (one a channel) and label file of each case.
-    """
-
-    name: str
-    raw: Path
-    preprocessed: Path
-    dataset_json: dict[str, Any]
-    files: dict[str, dict[str, Any]]
-
-    @property
-    def number(self) -> int:
-        """nnU-Net's dataset id."""
-        return int(self.name[len("Dataset") :].split("_")[0])
-
-    @property
-    def ct_channels(self) -> list[int]:
-        """Channels that nnU-Net normalises as CT, by their names."""
-        names = list(self.dataset_json["channel_names"].values())
-        return [channel for channel, name in enumerate(names) if str(name).casefold() == "ct"]
-
-
-def find_dataset(name_or_id: str) -> Dataset:
-    """Find a raw dataset and check that it is whole, before any long work.
-
-    Args:
-        name_or_id: `501`, `Dataset501_Covid`.
-
-    Raises:
-        UserError: nnU-Net's folders are not set; no or several datasets of that id; `dataset.json` missing, broken or
-            incomplete; no cases, or a case whose number of channels is wrong.
-    """
-    for variable, folder in NNUNET_FOLDERS.items():
-        if not folder.is_set():
-            raise UserError(f"{variable} is not set. nnU-Net needs it: export {variable}=/a/folder")
-    name = _dataset_name(name_or_id)
-    raw = Path(nnUNet_raw) / name
-    path = raw / "dataset.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist. Make a dataset with: gasnet-nnunet convert folders --id N --name NAME ..."
-        )
-    dataset_json = read_json(path)
-    for key in ("channel_names", "labels", "numTraining", "file_ending"):
-        if key not in dataset_json:
-            raise UserError(f"{path} has no '{key}', which nnU-Net needs.")
-    if "dataset" not in dataset_json and not (raw / "imagesTr").is_dir():
-        raise UserError(f"{raw} has no folder imagesTr with the CTs <case>_0000{dataset_json['file_ending']}.")
-    files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
-    if not files:
-        raise UserError(f"{raw / 'imagesTr'} holds no file named <case>_0000{dataset_json['file_ending']}.")
-    channels = len(dataset_json["channel_names"])
-    for case, entry in files.items():
-        if len(entry["images"]) != channels:
-            raise UserError(
-                f"{case} has {len(entry['images'])} image files in {raw / 'imagesTr'}, but dataset.json names "
-                f"{channels} channels ({', '.join(map(str, dataset_json['channel_names'].values()))})."
-            )
-    if dataset_json["numTraining"] != len(files):
-        raise UserError(f"{path} says numTraining {dataset_json['numTraining']}, but there are {len(files)} cases.")
-    return Dataset(name, raw, Path(nnUNet_preprocessed) / name, dataset_json, files)
-
-
-def _dataset_name(name_or_id: str) -> str:
-    if re.fullmatch(r"Dataset\d{3,}_.+", name_or_id):
-        return name_or_id
-    if not name_or_id.isdecimal():
-        raise UserError(f"'{name_or_id}' is no dataset; expected its id, e.g. 501, or its name, e.g. Dataset501_Covid.")
-    found = [str(name) for name in find_candidate_datasets(int(name_or_id))]
-    if len(found) != 1:
-        which = f"several ({', '.join(found)})" if found else "none"
-        folders = ", ".join(f"{variable}={folder}" for variable, folder in NNUNET_FOLDERS.items())
-        raise UserError(f"Expected one dataset of id {name_or_id}, found {which} in {folders}.")
-    return found[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: The file is no readable JSON object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no readable JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; a JSON object is expected.")
-    return content
-
-
-def measure_dataset(
-    dataset: Dataset, organ: str, *, num_processes: int = 1, progress: bool = False
-) -> dict[str, CaseGeometry]:
-    """Measure organ box and intensities of every case, only those that changed since the last time.
-
-    Masks in `lungsTr` of the raw dataset win over computed ones.
-
-    Args:
-        dataset: The dataset.
-        organ: "lungs", "body" or "volume".
-        num_processes: Cases measured at a time.
-        progress: Show a progress bar.
-
-    Raises:
-        UserError: An image cannot be read, or a mask does not match it.
-    """
-    cache = dataset.preprocessed / GEOMETRY_CACHE
-    known = read_json(cache) if cache.is_file() else {}
-    channel = (dataset.ct_channels or [0])[0]
-    jobs: dict[str, tuple[Path, Path | None, str]] = {}
-    stamps: dict[str, list[Any]] = {}
-    for case, entry in dataset.files.items():
-        mask = dataset.raw / "lungsTr" / f"{case}{dataset.dataset_json['file_ending']}"
-        jobs[case] = (Path(entry["images"][channel]), mask if mask.is_file() and organ != "volume" else None, organ)
-        stamps[case] = [__version__, organ]
-        for path in jobs[case][:2]:
-            stamps[case] += [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path else [None]
-    entries = {case: known[case] for case, stamp in stamps.items() if known.get(case, {}).get("stamp") == stamp}
-    pending = [case for case in jobs if case not in entries]
-    try:
-        results = _measure([jobs[case] for case in pending], num_processes)
-        shown = track(results, f"Measuring {organ}", total=len(pending), disable=not (progress and pending))
-        for case, measured in zip(pending, shown, strict=True):
-            entries[case] = {"stamp": stamps[case], "geometry": dataclasses.asdict(measured)}
-    finally:
-        # Also after Ctrl-C or one broken file: what was measured need not be measured again.
-        if pending:
-            dataset.preprocessed.mkdir(parents=True, exist_ok=True)
-            write_json(cache, entries)
-    return {case: TypeAdapter(CaseGeometry).validate_python(entries[case]["geometry"]) for case in jobs}
-
-
-def _measure(jobs: Sequence[tuple[Path, Path | None, str]], num_processes: int) -> Iterator[CaseGeometry]:
-    if num_processes <= 1 or len(jobs) <= 1:
-        yield from (measure_case(*job) for job in jobs)
-        return
-    # Spawn, because a fork of a process that has used CUDA or threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_processes, len(jobs)), mp_context=context) as executor:
-        yield from executor.map(measure_case, *zip(*jobs, strict=True))
-
-
-def check_measures(dataset: Dataset, measures: Mapping[str, CaseGeometry], organ: str) -> None:
-    """Refuse data that no lung window fits, and cases without the organ.
-
-    Raises:
-        UserError: A CT is not in Hounsfield units; a case has no organ.
-    """
-    if dataset.ct_channels:
-        # Fat and water-filled organs are near 0 HU: a crop of them shows no air, but values below 0.
-        limit = HIGHEST_AIR if organ == "lungs" else 0.0
-        wrong = [case for case, measure in measures.items() if not measure.intensity[1] < limit]
-        if wrong:
-            low, _, _, _, high = measures[wrong[0]].intensity
-            raise UserError(
-                f"{len(wrong)} of {len(measures)} CTs are not in Hounsfield units: {abbreviate(wrong)}. {wrong[0]} "
-                f"runs from {low:g} to {high:g}; expected air near -1000. Convert them with: gasnet-nnunet convert "
-                "folders ... --rescale LO HI HU_LO HU_HI (e.g. --rescale 0 255 -1250 250). If they are no CT, give the "
-                "channel another name than 'CT' in dataset.json and plan with --set organ=volume."
-            )
-    missing = [case for case, measure in measures.items() if measure.box is None]
-    if missing:
-        raise UserError(
-            f"No {organ} found in {abbreviate(missing)}. Look at the scan; if it does show {organ}, put a mask of them "
-            f"at {dataset.raw / 'lungsTr' / missing[0]}{dataset.dataset_json['file_ending']}, else take the case out, "
-            "or plan with --set organ=body or --set organ=volume."
-        )
-
-
 def fingerprint_is_current(dataset: Dataset) -> bool:
     """Whether nnU-Net's fingerprint is there and no older than the raw data."""
     path = dataset.preprocessed / "dataset_fingerprint.json"
     if not path.is_file() or len(read_json(path)["spacings"]) != len(dataset.files):
         return False
-    sources = [dataset.raw / "dataset.json"]
-    for entry in dataset.files.values():
-        sources += [Path(entry["label"]), *map(Path, entry["images"])]
-    return path.stat().st_mtime >= max(source.stat().st_mtime for source in sources)
+    return path.stat().st_mtime >= dataset.last_change
 
 
 class WholeLungPlanner(ExperimentPlanner):
@@ -357,7 +167,8 @@ class WholeLungPlanner(ExperimentPlanner):
         """Organ box sizes in mm, (N, 3)."""
         return np.array([measure.box_mm for measure in self.measures.values()])
 
-    def choose_geometry(self) -> Geometry:
+    @cached_property
+    def geometry(self) -> Geometry:
         """Spacing, patch and topology."""
         return choose_geometry(
             self.extents,
@@ -418,17 +229,17 @@ class WholeLungPlanner(ExperimentPlanner):
         if key not in self._feature_maps:
             architecture = self.architecture(topology)
             # On the meta device the network has shapes but no weights: a search over hundreds of them takes seconds.
+            # nnU-Net's static_estimate_VRAM_usage does the same with weights, and fails where nnUNet_n_proc_DA is 0.
             with torch.device("meta"):
-                self._feature_maps[key] = int(
-                    self.static_estimate_VRAM_usage(
-                        topology.patch_size,
-                        len(self.dataset_json["channel_names"]),
-                        len(self.dataset_json["labels"]),
-                        architecture["network_class_name"],
-                        architecture["arch_kwargs"],
-                        architecture["_kw_requires_import"],
-                    )
+                network = get_network_from_plans(
+                    architecture["network_class_name"],
+                    architecture["arch_kwargs"],
+                    architecture["_kw_requires_import"],
+                    len(self.dataset_json["channel_names"]),
+                    len(self.dataset_json["labels"]),
+                    allow_init=False,
                 )
+            self._feature_maps[key] = int(network.compute_conv_feature_map_size(topology.patch_size))
         return self._feature_maps[key]
 
     def batch_size(self, topology: Topology, voxels: float) -> int:
@@ -468,7 +279,7 @@ class WholeLungPlanner(ExperimentPlanner):
         Raises:
             UserError: As `features_per_stage`.
         """
-        geometry = self.choose_geometry()
+        geometry = self.geometry
         shapes, spacings = self.dataset_fingerprint["shapes_after_crop"], self.dataset_fingerprint["spacings"]
         resampled = [compute_new_shape(*case, geometry.spacing) for case in zip(shapes, spacings, strict=True)]
         median_shape = np.median(resampled, axis=0)
@@ -511,8 +322,9 @@ class WholeLungPlanner(ExperimentPlanner):
             "foreground_intensity_properties_per_channel": self.intensity_properties(),
         }
         recursive_fix_for_json_export(plans)
-        self.plans = plans
-        return plans
+        # As it will be read: comparable with plans on disk.
+        self.plans = json.loads(json.dumps(plans))
+        return self.plans
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Write the plans whole or not at all, keeping the user's further configurations as nnU-Net does."""
@@ -667,6 +479,7 @@ def make_plans(
             f"The {settings.organ} are found by their density, but no channel of {dataset.name} is named 'CT' "
             f"(found: {names}). Plan with --set organ=volume, or correct channel_names in dataset.json."
         )
+    check_grids(dataset, num_processes=num_processes, progress=progress)
     dataset.preprocessed.mkdir(parents=True, exist_ok=True)
     cohort = cohort_of_files(
         {case: Path(entry["label"]) for case, entry in dataset.files.items()},
@@ -679,13 +492,17 @@ def make_plans(
     _check_existing_splits(dataset, splits_file, cohort)
     measures = measure_dataset(dataset, settings.organ, num_processes=num_processes, progress=progress)
     check_measures(dataset, measures, settings.organ)
-    if not fingerprint_is_current(dataset):
-        with contextlib.redirect_stdout(io.StringIO()):
+    # nnU-Net prints on the way what the table says better.
+    with contextlib.redirect_stdout(io.StringIO()):
+        if not fingerprint_is_current(dataset):
             extract_fingerprint_dataset(
                 dataset.number, num_processes=num_processes, verbose=False, show_progress_bar=progress
             )
-    planner = WholeLungPlanner(dataset, measures, choices, settings, plans_name=plans_name, gpu_memory_gb=gpu_memory_gb)
-    plans = planner.plan_experiment()
+        planner = WholeLungPlanner(
+            dataset, measures, choices, settings, plans_name=plans_name, gpu_memory_gb=gpu_memory_gb
+        )
+        plans = planner.plan_experiment()
+    check_trained_models(dataset, plans)
     # Read again, because nnU-Net's listing of the files resolves the paths of a 'dataset' entry in place.
     write_json(dataset.preprocessed / "dataset.json", read_json(dataset.raw / "dataset.json"))
     ours = write_splits(splits_file, make_splits(cohort))
@@ -696,7 +513,7 @@ def make_plans(
         measures=measures,
         choices=choices,
         settings=settings,
-        geometry=planner.choose_geometry(),
+        geometry=planner.geometry,
         plans=plans,
         splits_file=splits_file,
         folds=check_splits(splits_file, cohort),
@@ -704,12 +521,76 @@ def make_plans(
     )
 
 
-def run_preprocessing(planned: Planned, *, num_processes: int = 1) -> None:
-    """nnU-Net's preprocessing of the planned configuration, with its progress bar."""
-    # It prints the whole configuration, which the plans file holds.
+def run_preprocessing(planned: Planned, *, num_processes: int = 1) -> bool:
+    """nnU-Net's preprocessing of the planned configuration, unless its result is there already.
+
+    Returns:
+        Whether it ran: settings, batch size and features do not change the data.
+    """
+    record = planned.dataset.preprocessed / PREPROCESSING_RECORD
+    identifier = str(planned.configuration["data_identifier"])
+    records = read_json(record) if record.is_file() else {}
+    basis = _preprocessing_basis(planned.plans, planned.dataset.dataset_json)
+    if records.get(identifier) == basis and _data_is_whole(planned, record.stat().st_mtime):
+        return False
+    # Silences a print of the whole configuration, which the plans file holds.
     with contextlib.redirect_stdout(io.StringIO()):
         preprocess_dataset(
             planned.dataset.number, planned.plans["plans_name"], (CONFIGURATION,), num_processes=(num_processes,)
+        )
+    write_json(record, {**records, identifier: basis})
+    return True
+
+
+def _data_is_whole(planned: Planned, recorded: float) -> bool:
+    """Whether the data of exactly these cases are there, and neither they nor the raw ones changed since `recorded`."""
+    # nnU-Net writes the .pkl of a case last.
+    written = {path.stem: path.stat().st_mtime for path in planned.data_folder.glob("*.pkl")}
+    return set(written) == set(planned.measures) and recorded >= max(planned.dataset.last_change, *written.values())
+
+
+def _preprocessing_basis(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+    """All that nnU-Net's preprocessed data depend on."""
+    configuration = plans["configurations"][CONFIGURATION]
+    keys = [key for key in configuration if key.startswith(("resampling_fn_data", "resampling_fn_seg"))]
+    keys += ["spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name"]
+    return {
+        **{key: configuration[key] for key in keys},
+        "transpose_forward": plans["transpose_forward"],
+        "intensities": plans["foreground_intensity_properties_per_channel"],
+        "labels": dataset_json["labels"],
+    }
+
+
+def check_trained_models(dataset: Dataset, plans: Mapping[str, Any]) -> None:
+    """Refuse to replan under models that could then not be continued.
+
+    Settings and batch size may change.
+
+    Args:
+        dataset: The dataset.
+        plans: The new plans.
+
+    Raises:
+        UserError: Models were trained with plans of this name that describe another network or other data.
+    """
+    name = plans["plans_name"]
+    path = plans_path(dataset, name)
+    trained = sorted(Path(nnUNet_results).glob(f"{dataset.name}/*__{name}__{CONFIGURATION}/fold_*/checkpoint_*.pth"))
+    if not trained or not path.is_file():
+        return
+
+    def fixed(content: Mapping[str, Any]) -> dict[str, Any]:
+        configuration = content["configurations"][CONFIGURATION]
+        network = {key: configuration[key] for key in ("patch_size", "architecture")}
+        return {**_preprocessing_basis(content, dataset.dataset_json), **network}
+
+    old, new = fixed(read_json(path)), fixed(plans)
+    changed = [key for key in new if old.get(key) != new[key]]
+    if changed:
+        raise UserError(
+            f"{trained[0].parent} holds a model trained with {name}, and the new plans differ from those in "
+            f"{', '.join(changed)}, so that its training could not be continued. Choose another --name."
         )
 
 

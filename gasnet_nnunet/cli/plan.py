@@ -80,8 +80,9 @@ def plan(
     console.print(_splits(planned), soft_wrap=True)
     number = planned.dataset.number
     if preprocess:
-        run_preprocessing(planned, num_processes=processes)
-        console.print(f"Preprocessed data: {planned.data_folder}", soft_wrap=True)
+        ran = run_preprocessing(planned, num_processes=processes)
+        kept = "" if ran else " (up to date, not made again)"
+        console.print(f"Preprocessed data: {planned.data_folder}{kept}", soft_wrap=True)
     else:
         console.print("\nNot preprocessed, as you asked. Before training:")
         console.print(f"  nnUNetv2_preprocess -d {number} -plans_name {name} -c 3d_fullres", soft_wrap=True)
