@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -31,11 +31,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor, autocast, nn
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional
 
-from gasnet_nnunet import losses
 from gasnet_nnunet.adversary import Adversary, needs_generator
 from gasnet_nnunet.checkpoints import read_checkpoint, write_checkpoint
 from gasnet_nnunet.cohort import Cohort, read_cohort
@@ -43,23 +41,16 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
 from gasnet_nnunet.lungs import OrganMasks, ensure_organ_masks
 from gasnet_nnunet.networks import Topology
-from gasnet_nnunet.progress import TrainingCurves, save_gallery
-from gasnet_nnunet.sampling import PairLoader, PairTransform, VolumeReader, watch_patches
-from gasnet_nnunet.selection import BestEpoch, VolumeReading, epoch_score
+from gasnet_nnunet.progress import TrainingCurves
+from gasnet_nnunet.sampling import PairLoader, PairTransform, VolumeReader
+from gasnet_nnunet.selection import BestEpoch, epoch_score
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 from gasnet_nnunet.splits import Fold, make_splits, read_fold, write_splits
-from gasnet_nnunet.synthesis import paste_lesions, pseudo_label, restore
+from gasnet_nnunet.steps import STEP_COLUMNS, GASNetStep, SegmentationTask, as_numbers
+from gasnet_nnunet.watch import Watch
 
 CHECKPOINT_KEY = "gasnet"
 """Where our state stands in nnU-Net's checkpoint; nnU-Net's predictor ignores it."""
-
-D_INPUTS = ("healthy", "restored", "diseased", "generated")
-STEP_COLUMNS = (
-    *("L_lab", "L_hea", "L_MIL", "L_ps", "L_adv", "L_IgToD", "L_recons"),
-    *(f"L_D_{name}" for name in D_INPUTS),
-    *(f"D_{name}" for name in D_INPUTS),
-)
-"""What an iteration reports, in the order of `gasnet_progress.csv`; NaN where a term is not on."""
 
 ATTRIBUTES = {
     "num_epochs": "num_epochs",
@@ -69,8 +60,6 @@ ATTRIBUTES = {
     "weight_decay": "weight_decay_s",
 }
 """nnU-Net's attribute for a setting of ours."""
-
-GALLERY_VOLUMES = 3
 
 
 class GASNetTrainer(nnUNetTrainer):
@@ -91,6 +80,8 @@ class GASNetTrainer(nnUNetTrainer):
             self.settings = self._settings_of(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.adversary: Adversary | None = None
+        self.gasnet_step: GASNetStep | None = None
+        self.watch: Watch | None = None
         self.best_epoch = BestEpoch()
         self._cohort: Cohort | None = None
         self._cases: Fold | None = None
@@ -172,6 +163,15 @@ class GASNetTrainer(nnUNetTrainer):
         assert self.settings.window is not None
         self.window = IntensityWindow(self.settings.window)
         self.adversary = Adversary(self.settings, topology, self.window, self.device, num_epochs=self.num_epochs)
+        self.gasnet_step = GASNetStep(
+            self.settings,
+            self._segmentation_task(),
+            self.network,
+            self.optimizer,
+            self.grad_scaler,
+            self.adversary,
+            self.device,
+        )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """nnU-Net's SGD or Adam for S, both with nnU-Net's polynomial schedule."""
@@ -181,25 +181,35 @@ class GASNetTrainer(nnUNetTrainer):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def _build_loss(self) -> nn.Module:
-        """nnU-Net's loss for L_lab, and the same with an ignore label for L_ps where the dataset has none."""
+        """nnU-Net's loss, without its Dice part where the settings say so (the paper)."""
         loss = super()._build_loss()
-        inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
         if self.settings.segmentation_loss == "ce":
-            inner.weight_dice = 0
-        self._level_weights = loss.weight_factors if isinstance(loss, DeepSupervisionWrapper) else (1.0,)
-        self._ignore_label = self.label_manager.ignore_label
-        self.loss_pseudo = loss
-        if self._ignore_label is None:
-            self._ignore_label = max(self.label_manager.all_labels) + 1
-            self.loss_pseudo = copy.deepcopy(loss)
-            inner = self.loss_pseudo.loss if isinstance(self.loss_pseudo, DeepSupervisionWrapper) else self.loss_pseudo
-            if self.label_manager.has_regions:
+            _inner(loss).weight_dice = 0
+        return loss
+
+    def _segmentation_task(self) -> SegmentationTask:
+        """What S predicts; where the dataset has no ignore label, the loss of I_ps brings its own."""
+        label_manager = self.label_manager
+        ignore_label, loss_pseudo = label_manager.ignore_label, self.loss
+        if ignore_label is None:
+            ignore_label, loss_pseudo = max(label_manager.all_labels) + 1, copy.deepcopy(self.loss)
+            inner = _inner(loss_pseudo)
+            if label_manager.has_regions:
                 inner.use_ignore_label = True
                 inner.ce = nn.BCEWithLogitsLoss(reduction="none")
             else:
-                inner.ignore_label = self._ignore_label
-                inner.ce = RobustCrossEntropyLoss(ignore_index=self._ignore_label)
-        return loss
+                inner.ignore_label = ignore_label
+                inner.ce = RobustCrossEntropyLoss(ignore_index=ignore_label)
+        deep_supervision = isinstance(self.loss, DeepSupervisionWrapper)
+        return SegmentationTask(
+            loss=self.loss,
+            loss_pseudo=loss_pseudo,
+            level_weights=self.loss.weight_factors if deep_supervision else (1.0,),
+            deep_supervision=deep_supervision,
+            regions=label_manager.has_regions,
+            labels=() if label_manager.has_regions else tuple(label_manager.foreground_labels),
+            ignore_label=ignore_label,
+        )
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -318,21 +328,19 @@ class GASNetTrainer(nnUNetTrainer):
             return (*cases.diseased, *cases.train)
         return cases.diseased
 
-    def _watched_cases(self) -> list[tuple[str, bool]]:
-        """Volumes to watch M^ on, with whether they are healthy; training volumes where none are held out."""
+    def _watched_cases(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Diseased and healthy volumes to watch M^ on; training volumes where none are held out."""
         cases, limit = self._fold_cases(), self.settings.watch_volumes or None
-        diseased = (cases.val_diseased or self._diseased_cases())[:limit]
-        healthy = (cases.val_healthy or cases.healthy)[:limit]
-        return [(case, False) for case in diseased] + [(case, True) for case in healthy]
+        return (cases.val_diseased or self._diseased_cases())[:limit], (cases.val_healthy or cases.healthy)[:limit]
 
     def _organ_masks(self) -> OrganMasks:
         raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
-        watched = [case for case, _ in self._watched_cases()]
+        diseased, healthy = self._watched_cases()
         return ensure_organ_masks(
             Path(self.preprocessed_dataset_folder_base),
             self.plans_manager.plans,
             self.configuration_name,
-            sorted({*self._diseased_cases(), *self._fold_cases().healthy, *watched}),
+            sorted({*self._diseased_cases(), *self._fold_cases().healthy, *diseased, *healthy}),
             organ=self.settings.organ,
             raw_folder=raw if raw is not None and raw.is_dir() else None,
             num_processes=default_num_processes,
@@ -362,6 +370,16 @@ class GASNetTrainer(nnUNetTrainer):
         self.print_to_log_file(self.adversary)
         with _one_sentence():
             self._reader = VolumeReader(self._open_dataset(None), self._organ_masks(), self.window.low.tolist())
+        assert self.gasnet_step is not None
+        diseased, healthy = self._watched_cases()
+        self.watch = Watch(
+            self._reader,
+            self.gasnet_step,
+            diseased,
+            healthy,
+            patch_size=self.configuration_manager.patch_size,
+            patches=self.settings.bag_size if self.settings.patches == "bag" else 1,
+        )
         super().on_train_start()
         self.curves = TrainingCurves(Path(self.output_folder))
         self.curves.truncate(self.current_epoch)
@@ -377,113 +395,27 @@ class GASNetTrainer(nnUNetTrainer):
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """One iteration of Algorithm 1: an update of S and G, then the updates of D on fresh draws.
 
-        S is run once a term, each with a backward of its own, so that no more than one of its graphs is held at a time.
-
         Returns:
             "loss", the sum of L_S, and every name in `STEP_COLUMNS`.
         """
-        settings, adversary = self.settings, self.adversary
-        assert adversary is not None
+        settings, step = self.settings, self.gasnet_step
+        assert step is not None
         report: dict[str, Tensor] = {}
-        self.optimizer.zero_grad(set_to_none=True)
-        if (optimizer_g := adversary.optimizers.get("generator")) is not None:
-            optimizer_g.zero_grad(set_to_none=True)
-        self.network.train()
-
+        step.zero_grad()
         if settings.weight_labelled:
-            data, target = self._to_device(batch["data"]), self._to_device(batch["target"])
-            with self._precision():
-                report["L_lab"] = settings.weight_labelled * self.loss(self.network(data), target)
-            self._backward(report["L_lab"])
+            report.update(step.labelled_term(self._to_device(batch["data"]), self._to_device(batch["target"])))
         if self._needs_pairs():
-            self._volume_terms(self._next_pair(), report)
-        self._step_segmenter_and_generator()
-        if adversary.discriminator is not None:
-            self._train_discriminator(report)
-        self._iterations_done += 1
-
-        total = sum((report[name] for name in ("L_lab", "L_hea", "L_MIL", "L_ps") if name in report), torch.zeros(()))
-        names = ["loss", *report]
-        values = torch.stack([value.detach().float().cpu() for value in (total, *report.values())]).tolist()
-        return {**dict.fromkeys(STEP_COLUMNS, math.nan), **dict(zip(names, values, strict=True))}
-
-    def _volume_terms(self, pair: dict[str, Tensor], report: dict[str, Tensor]) -> None:
-        """The terms of the S+G step that need volume-level cases: L_hea, L_MIL, L_GAN, L_recons, L_ps."""
-        settings, adversary = self.settings, self.adversary
-        assert adversary is not None
-        regions = self.label_manager.has_regions
-        if settings.weight_healthy:
-            outside = self._background is not None and np.random.uniform() < settings.healthy_outside
-            healthy = self._to_device(next(self._background)["data"]) if outside else pair["healthy"]
-            with self._precision():
-                levels = _levels(self.network(healthy))
-                loss = losses.healthy_loss(levels, self._level_weights, regions=regions)
-                report["L_hea"] = settings.weight_healthy * loss
-            self._backward(report["L_hea"])
-
-        pseudo_on = bool(settings.weight_pseudo) and self._training_fraction() >= settings.pseudo_start
-        logits: Tensor | None = None
-        if settings.weight_mil or adversary.discriminator is not None:
-            with self._precision():
-                logits = _levels(self.network(pair["diseased"]))[0]
-                terms = {}
-                if settings.weight_mil:
-                    loss = losses.mil_loss(logits, regions=regions, bag=settings.patches == "bag")
-                    terms["L_MIL"] = settings.weight_mil * loss
-                mask = losses.lesion_probability(logits, regions=regions) * pair.get("lungs_diseased", 1.0)
-                terms.update(adversary.fooling_terms(pair["diseased"], mask))
-            report.update(terms)
-            self._backward(torch.stack([term.float() for term in terms.values()]).sum())
-        elif pseudo_on:
-            with torch.no_grad(), self._precision():
-                logits = _levels(self.network(pair["diseased"]))[0]
-        with self._precision():
-            loss_recons = adversary.reconstruction_term(pair["healthy"])
-        if loss_recons is not None:
-            report["L_recons"] = loss_recons
-            self._backward(loss_recons)
-        if pseudo_on and logits is not None:
-            image, label = self._pseudo_labelled(pair, logits.detach())
-            with self._precision():
-                levels = _levels(self.network(image))
-                targets = [
-                    functional.interpolate(label.float(), size=level.shape[2:], mode="nearest-exact")
-                    for level in levels
-                ]
-                wrapped = isinstance(self.loss_pseudo, DeepSupervisionWrapper)
-                loss = self.loss_pseudo(levels, targets) if wrapped else self.loss_pseudo(levels[0], targets[0])
-                report["L_ps"] = settings.weight_pseudo * loss
-            self._backward(report["L_ps"])
-
-    def _pseudo_labelled(self, pair: dict[str, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
-        """I_ps, nnU-Net-normalised, and M_ps."""
-        regions = self.label_manager.has_regions
-        mask = losses.lesion_probability(logits, regions=regions) * pair["lungs"]
-        label = pseudo_label(
-            logits,
-            pair["lungs"],
-            regions=regions,
-            labels=tuple(self.label_manager.foreground_labels),
-            ignore_label=self._ignore_label,
-            margin=self.settings.pseudo_margin,
-            ignore_above=self.settings.pseudo_ignore_above,
-        )
-        return paste_lesions(pair["diseased"], pair["healthy"], mask), label
-
-    def _train_discriminator(self, report: dict[str, Tensor]) -> None:
-        """The D updates of an iteration; what they report is averaged."""
-        assert self.adversary is not None
-        reports: list[dict[str, Tensor]] = []
-        for _ in range(self.settings.discriminator_steps):
             pair = self._next_pair()
-            with torch.no_grad(), self._precision():
-                logits = _levels(self.network(pair["diseased"]))[0]
-                mask = losses.lesion_probability(logits, regions=self.label_manager.has_regions)
-                mask = mask * pair.get("lungs_diseased", 1.0)
-            with self._precision():
-                reports.append(self.adversary.discriminator_step(pair["diseased"], pair["healthy"], mask))
-        for name in reports[0] if reports else ():
-            report[name] = torch.stack([step[name] for step in reports]).mean()
+            if settings.weight_healthy:
+                outside = self._background is not None and np.random.uniform() < settings.healthy_outside
+                report.update(
+                    step.healthy_term(self._to_device(next(self._background)["data"]) if outside else pair["healthy"])
+                )
+            report.update(step.diseased_terms(pair, pseudo_on=self._pseudo_on()))
+        step.step()
+        report.update(step.train_discriminator(self._next_pair))
+        self._iterations_done += 1
+        return as_numbers(report)
 
     def _next_pair(self) -> dict[str, Tensor]:
         batch = next(self._pairs)
@@ -494,34 +426,11 @@ class GASNetTrainer(nnUNetTrainer):
             return [self._to_device(item) for item in value]
         return value.to(self.device, non_blocking=True)
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        """nnU-Net's rule: half precision on cuda alone."""
-        return autocast("cuda", enabled=True) if self.device.type == "cuda" else nullcontext()
-
-    def _backward(self, loss: Tensor) -> None:
-        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-
-    def _step_segmenter_and_generator(self) -> None:
-        """Clip S as nnU-Net does and step once, after the last term; G steps by the same scaler."""
-        assert self.adversary is not None
-        optimizers = [self.optimizer]
-        if "generator" in self.adversary.optimizers:
-            optimizers.append(self.adversary.optimizers["generator"])
-        if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-        for optimizer in optimizers:
-            if self.grad_scaler is None:
-                optimizer.step()
-            else:
-                self.grad_scaler.step(optimizer)
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
-
-    def _training_fraction(self) -> float:
-        """Share of the training that is done, 0 to 1; schedules follow it."""
+    def _pseudo_on(self) -> bool:
+        """Whether L_ps has joined; schedules follow the share of the training that is done."""
         iterations = self.current_epoch * self.num_iterations_per_epoch + self._iterations_done
-        return iterations / (self.num_epochs * self.num_iterations_per_epoch)
+        fraction = iterations / (self.num_epochs * self.num_iterations_per_epoch)
+        return bool(self.settings.weight_pseudo) and fraction >= self.settings.pseudo_start
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
         """nnU-Net's, and the mean of each loss over the epoch."""
@@ -542,33 +451,15 @@ class GASNetTrainer(nnUNetTrainer):
             for key, value in (("tp_hard", dice), ("fp_hard", 1 - dice), ("fn_hard", 1 - dice)):
                 val_outputs[0][key] = np.full_like(like, value, dtype=float)
         super().on_validation_epoch_end(val_outputs)
-        readings = [self._read_volume(case, healthy) for case, healthy in self._watched_cases()]
+        assert self.watch is not None
+        readings = self.watch.readings()
         dice = float(self.logger.get_value("mean_fg_dice", step=-1))
-        means = {
-            kind: [reading.mean for reading in readings if reading.healthy == (kind == "healthy")]
-            for kind in ("healthy", "diseased")
-        }
-        self._extra_columns.update(
-            {f"M_{kind}": float(np.mean(values)) if values else math.nan for kind, values in means.items()}
-        )
+        for kind in ("healthy", "diseased"):
+            means = [reading.mean for reading in readings if reading.healthy == (kind == "healthy")]
+            self._extra_columns[f"M_{kind}"] = float(np.mean(means)) if means else math.nan
         burdens = [reading.burden for reading in readings if reading.healthy]
         self._extra_columns["false_positive_share"] = float(np.mean(burdens)) if burdens else math.nan
         self._extra_columns.update(pseudo_dice=dice, score=epoch_score(dice, readings))
-
-    def _watch(self, case: str) -> tuple[Tensor, Tensor]:
-        assert self._reader is not None
-        count = self.settings.bag_size if self.settings.patches == "bag" else 1
-        images, lungs = watch_patches(self._reader, case, self.configuration_manager.patch_size, count)
-        return self._to_device(images), self._to_device(lungs)
-
-    def _read_volume(self, case: str, healthy: bool) -> VolumeReading:
-        images, lungs = self._watch(case)
-        with self._precision():
-            # One patch at a time: a bag may be larger than what S is trained on.
-            logits = torch.cat([_levels(self.network(image[None]))[0] for image in images])
-        m = losses.lesion_probability(logits, regions=self.label_manager.has_regions)
-        size = lungs.sum().clamp(min=1)
-        return VolumeReading(case, healthy, float((m * lungs).sum() / size), float(((m > 0.5) * lungs).sum() / size))
 
     def on_epoch_end(self) -> None:
         """nnU-Net's, then our curves, gallery, and checkpoints by our rule and by the clock."""
@@ -580,7 +471,10 @@ class GASNetTrainer(nnUNetTrainer):
         self._report_epoch(epoch)
         every = self.settings.gallery_every_epochs
         if every and ((epoch + 1) % every == 0 or epoch + 1 == self.num_epochs):
-            self._draw_gallery(epoch)
+            assert self.watch is not None
+            spacing = self.configuration_manager.spacing
+            gallery = Path(self.output_folder) / "gasnet_gallery" / f"epoch_{epoch:04d}.png"
+            self.watch.draw_gallery(gallery, pseudo_on=self._pseudo_on(), aspect=spacing[1] / spacing[2])
         # As in nnU-Net's on_train_end: the epoch counter has moved on, and a checkpoint stores the one after it.
         self.current_epoch -= 1
         if is_best:
@@ -600,47 +494,6 @@ class GASNetTrainer(nnUNetTrainer):
         for logger in self.logger.loggers:
             for name, value in columns.items():
                 logger.log(f"gasnet/{name}", value, epoch)
-
-    @torch.no_grad()
-    def _draw_gallery(self, epoch: int) -> None:
-        """Draw I_d, M^, I_g, I_s, I_ps and M_ps of a few watched diseased volumes."""
-        assert self.adversary is not None
-        watched = self._watched_cases()
-        healthy_case = next(case for case, healthy in watched if healthy)
-        diseased = [case for case, healthy in watched if not healthy][:GALLERY_VOLUMES]
-        self.network.eval()
-        rows = []
-        for case in diseased:
-            (images, lungs), (healthy, healthy_lungs) = self._watch(case), self._watch(healthy_case)
-            with self._precision():
-                logits = torch.cat([_levels(self.network(image[None]))[0] for image in images])
-                m = losses.lesion_probability(logits, regions=self.label_manager.has_regions)
-                most = int(m.flatten(1).sum(1).argmax())
-                pick = slice(most, most + 1)
-                x = self.adversary.window.to_window(images[pick])
-                row = {"I_d": x, "M^": m[pick]}
-                if self.adversary.generator is not None:
-                    row["I_g"] = self.adversary.generate(x)
-                    shown = m[pick] * lungs[pick] if self.settings.restore_within_organ else m[pick]
-                    row["I_s"] = restore(x, row["I_g"], shown)
-            if self.settings.weight_pseudo and self._training_fraction() > self.settings.pseudo_start:
-                pair = {"diseased": images[pick], "healthy": healthy[pick], "lungs": healthy_lungs[pick]}
-                image, label = self._pseudo_labelled(pair, logits[pick])
-                row["I_ps"] = self.adversary.window.to_window(image)
-                row["M_ps"] = self._drawn_label(label)
-            rows.append({name: volume[0, 0].float().cpu().numpy() for name, volume in row.items()})
-        folder = Path(self.output_folder) / "gasnet_gallery"
-        folder.mkdir(exist_ok=True)
-        spacing = self.configuration_manager.spacing
-        save_gallery(folder / f"epoch_{epoch:04d}.png", rows, titles=diseased, aspect=spacing[1] / spacing[2])
-
-    def _drawn_label(self, label: Tensor) -> Tensor:
-        """M_ps as 0 background, 1 lesion, 2 ignored."""
-        if self.label_manager.has_regions:
-            lesion, ignored = label[:, :-1].any(1, keepdim=True), label[:, -1:]
-        else:
-            lesion, ignored = label > 0, label == self._ignore_label
-        return torch.where(ignored, 2, lesion.long())
 
     def on_train_end(self) -> None:
         """nnU-Net's, and the end of our worker processes."""
@@ -719,9 +572,9 @@ class SupervisedBaselineTrainer(GASNetTrainer):
         )
 
 
-def _levels(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """S's outputs, finest first, with or without deep supervision."""
-    return [output] if isinstance(output, Tensor) else list(output)
+def _inner(loss: nn.Module) -> Any:
+    """nnU-Net's loss of one deep-supervision level."""
+    return loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
 
 
 @contextmanager

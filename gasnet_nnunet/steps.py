@@ -1,0 +1,232 @@
+"""One iteration of Algorithm 1: the update of S and G, and the updates of D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, autocast, nn
+from torch.nn import functional
+
+from gasnet_nnunet import losses
+from gasnet_nnunet.adversary import Adversary
+from gasnet_nnunet.settings import GASNetSettings
+from gasnet_nnunet.synthesis import paste_lesions, pseudo_label
+
+D_INPUTS = ("healthy", "restored", "diseased", "generated")
+S_LOSSES = ("L_lab", "L_hea", "L_MIL", "L_ps")
+STEP_COLUMNS = (
+    *S_LOSSES,
+    *("L_adv", "L_IgToD", "L_recons"),
+    *(f"L_D_{name}" for name in D_INPUTS),
+    *(f"D_{name}" for name in D_INPUTS),
+)
+"""What an iteration reports, in the order of `gasnet_progress.csv`; NaN where a term is not on."""
+
+MAX_GRADIENT_NORM = 12
+"""nnU-Net's clipping of S."""
+
+Loss = Callable[[Any, Any], Tensor]
+Pair = dict[str, Tensor]
+"""A batch of `sampling.PairLoader` on the device."""
+
+
+@dataclass(frozen=True)
+class SegmentationTask:
+    """What S predicts and how nnU-Net scores it.
+
+    Args:
+        loss: nnU-Net's loss on S's outputs, for L_lab.
+        loss_pseudo: The same with `ignore_label` ignored, for L_ps.
+        level_weights: Weight of each deep-supervision level; one weight where that is off.
+        deep_supervision: Whether the losses take lists of levels.
+        regions: Whether the channels are regions.
+        labels: Label value of each lesion channel.
+        ignore_label: Label value that `loss_pseudo` ignores.
+    """
+
+    loss: Loss
+    loss_pseudo: Loss
+    level_weights: Sequence[float]
+    deep_supervision: bool
+    regions: bool
+    labels: tuple[int, ...]
+    ignore_label: int
+
+
+class GASNetStep:
+    """The updates of an iteration.
+
+    S is run once a term, each with a backward of its own, so that no more than one of its graphs is held at a time; it
+    steps once, after the last term.
+
+    Args:
+        settings: The method's numbers.
+        task: What S predicts.
+        segmenter: S.
+        optimizer: Optimiser of S.
+        scaler: nnU-Net's gradient scaler, which S and G share; `None` off cuda.
+        adversary: G and D.
+        device: Where all of it lives.
+    """
+
+    def __init__(
+        self,
+        settings: GASNetSettings,
+        task: SegmentationTask,
+        segmenter: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        adversary: Adversary,
+        device: torch.device,
+    ) -> None:
+        self.settings = settings
+        self.task = task
+        self.segmenter = segmenter
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.adversary = adversary
+        self.device = device
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """nnU-Net's rule: half precision on cuda alone."""
+        return autocast("cuda", enabled=True) if self.device.type == "cuda" else nullcontext()
+
+    def zero_grad(self) -> None:
+        """Begin an S+G update."""
+        for optimizer in self._optimizers():
+            optimizer.zero_grad(set_to_none=True)
+
+    def labelled_term(self, image: Tensor, target: Any) -> dict[str, Tensor]:
+        """L_lab, backpropagated.
+
+        Args:
+            image: I_l, (B, C, Z, Y, X), nnU-Net-normalised.
+            target: M_l as nnU-Net's data loader gives it.
+        """
+        with self.precision():
+            loss = self.settings.weight_labelled * self.task.loss(self.segmenter(image), target)
+        self._backward(loss)
+        return {"L_lab": loss.detach()}
+
+    def healthy_term(self, image: Tensor) -> dict[str, Tensor]:
+        """L_hea, backpropagated.
+
+        Args:
+            image: I_h, (B, C, Z, Y, X), nnU-Net-normalised.
+        """
+        with self.precision():
+            levels = as_levels(self.segmenter(image))
+            loss = losses.healthy_loss(levels, self.task.level_weights, regions=self.task.regions)
+            loss = self.settings.weight_healthy * loss
+        self._backward(loss)
+        return {"L_hea": loss.detach()}
+
+    def diseased_terms(self, pair: Pair, *, pseudo_on: bool) -> dict[str, Tensor]:
+        """L_MIL and the adversarial terms from one S(I_d) and one G(I_d); L_recons; and L_ps once it is on."""
+        settings, adversary = self.settings, self.adversary
+        report: dict[str, Tensor] = {}
+        logits: Tensor | None = None
+        if settings.weight_mil or adversary.discriminator is not None:
+            with self.precision():
+                logits = as_levels(self.segmenter(pair["diseased"]))[0]
+                if settings.weight_mil:
+                    loss = losses.mil_loss(logits, regions=self.task.regions, bag=settings.patches == "bag")
+                    report["L_MIL"] = settings.weight_mil * loss
+                report.update(adversary.fooling_terms(pair["diseased"], self._lesion_mask(logits, pair)))
+            self._backward(torch.stack([term.float() for term in report.values()]).sum())
+        elif pseudo_on:
+            with torch.no_grad(), self.precision():
+                logits = as_levels(self.segmenter(pair["diseased"]))[0]
+        with self.precision():
+            reconstruction = adversary.reconstruction_term(pair["healthy"])
+        if reconstruction is not None:
+            report["L_recons"] = reconstruction
+            self._backward(reconstruction)
+        if pseudo_on and logits is not None:
+            report["L_ps"] = self._pseudo_term(pair, logits.detach())
+        return {name: value.detach() for name, value in report.items()}
+
+    def step(self) -> None:
+        """Clip S as nnU-Net does and step S and G once."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.segmenter.parameters(), MAX_GRADIENT_NORM)
+        for optimizer in self._optimizers():
+            if self.scaler is None:
+                optimizer.step()
+            else:
+                self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def train_discriminator(self, next_pair: Callable[[], Pair]) -> dict[str, Tensor]:
+        """The D updates of an iteration, each on a fresh draw; what they report is averaged."""
+        if self.adversary.discriminator is None:
+            return {}
+        reports: list[dict[str, Tensor]] = []
+        for _ in range(self.settings.discriminator_steps):
+            pair = next_pair()
+            with torch.no_grad(), self.precision():
+                mask = self._lesion_mask(as_levels(self.segmenter(pair["diseased"]))[0], pair)
+            with self.precision():
+                reports.append(self.adversary.discriminator_step(pair["diseased"], pair["healthy"], mask))
+        return {name: torch.stack([r[name] for r in reports]).mean() for name in (reports[0] if reports else ())}
+
+    def pseudo_labelled(self, pair: Pair, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """I_ps, nnU-Net-normalised (B, C, Z, Y, X), and M_ps, from S(I_d)."""
+        mask = losses.lesion_probability(logits, regions=self.task.regions) * pair["lungs"]
+        label = pseudo_label(
+            logits,
+            pair["lungs"],
+            regions=self.task.regions,
+            labels=self.task.labels,
+            ignore_label=self.task.ignore_label,
+            margin=self.settings.pseudo_margin,
+            ignore_above=self.settings.pseudo_ignore_above,
+        )
+        return paste_lesions(pair["diseased"], pair["healthy"], mask), label
+
+    def _pseudo_term(self, pair: Pair, logits: Tensor) -> Tensor:
+        image, label = self.pseudo_labelled(pair, logits)
+        with self.precision():
+            levels = as_levels(self.segmenter(image))
+            targets = [
+                functional.interpolate(label.float(), size=level.shape[2:], mode="nearest-exact") for level in levels
+            ]
+            if self.task.deep_supervision:
+                loss = self.task.loss_pseudo(levels, targets)
+            else:
+                loss = self.task.loss_pseudo(levels[0], targets[0])
+            loss = self.settings.weight_pseudo * loss
+        self._backward(loss)
+        return loss
+
+    def _lesion_mask(self, logits: Tensor, pair: Pair) -> Tensor:
+        """M^, restricted to the lungs of I_d where the settings say so."""
+        mask = losses.lesion_probability(logits, regions=self.task.regions)
+        return mask * pair["lungs_diseased"] if self.settings.restore_within_organ else mask
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        generator = self.adversary.optimizers.get("generator")
+        return [self.optimizer] if generator is None else [self.optimizer, generator]
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+
+def as_levels(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """S's outputs, finest first, with or without deep supervision."""
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def as_numbers(report: dict[str, Tensor]) -> dict[str, float]:
+    """The report of an iteration with every column, in one transfer from the device; "loss" is the sum of L_S."""
+    parts = [report[name].float() for name in S_LOSSES if name in report]
+    named = {"loss": torch.stack(parts).sum(), **report} if parts else dict(report)
+    values = torch.stack([value.float() for value in named.values()]).tolist()
+    return {"loss": 0.0, **dict.fromkeys(STEP_COLUMNS, math.nan), **dict(zip(named, values, strict=True))}
