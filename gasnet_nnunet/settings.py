@@ -22,13 +22,15 @@ from gasnet_nnunet.errors import UserError
 PLANS_KEY = "gasnet"
 """Where the settings stand inside a configuration of the plans."""
 
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, lt=10.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", strict=False))
+@pydantic.dataclasses.dataclass(
+    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+)
 class GASNetSettings:
     """Settings of one GASNet training. Symbols and equations are those of the paper (arXiv 2010.09456).
 
@@ -153,6 +155,8 @@ class GASNetSettings:
             raise ValueError(f"bag_size is {self.bag_size}, but a bag needs at least 4 patches to cover the lungs")
         if self.mirror_axes is not None and len(set(self.mirror_axes)) != len(self.mirror_axes):
             raise ValueError(f"mirror_axes names an axis twice: {list(self.mirror_axes)}")
+        if self.window == ():
+            raise ValueError("window names no channel; give each one's lower and upper end, or null")
         for low, high in self.window or ():
             if not low < high:
                 raise ValueError(f"window must rise from its lower to its upper end, not {low} to {high}")
@@ -176,8 +180,10 @@ class GASNetSettings:
             source: Where they were read, for the error message.
 
         Raises:
-            UserError: An unknown name (the valid ones are listed) or an impossible value.
+            UserError: No mapping, an unknown name (the valid ones are listed) or an impossible value.
         """
+        if not isinstance(values, Mapping):
+            raise UserError(f"Expected {source} to be names and values in braces, found {values!r}.")
         for name in values:
             if name not in cls.names():
                 close = difflib.get_close_matches(str(name), cls.names(), n=1)
