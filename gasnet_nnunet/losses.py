@@ -104,4 +104,5 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
     On M^ inside I_s with factor 1 / lambda_S, S sees `L_S + L_GAN / lambda_S` while G sees L_GAN.
     """
-    return x * factor + x.detach() * (1 - factor)
+    constant = x.detach()
+    return constant + factor * (x - constant)
