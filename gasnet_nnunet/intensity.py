@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,17 +31,13 @@ class IntensityWindow:
     """
 
     def __init__(self, bounds: Sequence[tuple[float, float]]) -> None:
-        low, high = torch.tensor(bounds, dtype=torch.float32).T
+        self.bounds = tuple((float(low), float(high)) for low, high in bounds)
+        """Lower and upper end of each channel's window, nnU-Net-normalised."""
+        low, high = torch.tensor(self.bounds, dtype=torch.float32).T
         self.low = low
         """Lower end of each channel's window, nnU-Net-normalised, shape (C,)."""
         self._centre = ((high + low) / 2)[:, None, None, None]
         self._half = ((high - low) / 2)[:, None, None, None]
-
-    @property
-    def bounds(self) -> tuple[tuple[float, float], ...]:
-        """Lower and upper end of each channel's window, nnU-Net-normalised."""
-        centre, half = self._centre.flatten().tolist(), self._half.flatten().tolist()
-        return tuple((c - h, c + h) for c, h in zip(centre, half, strict=True))
 
     @classmethod
     def from_plans(cls, plans: Mapping[str, Any], normalization_schemes: Sequence[str]) -> IntensityWindow | None:
@@ -102,7 +99,7 @@ def measure_window(dataset: Any, *, cases: int = 20, voxels: int = 100_000) -> I
         voxels: Voxels drawn from each.
     """
     rng = np.random.default_rng(0)
-    identifiers = dataset.identifiers[:: max(1, len(dataset.identifiers) // cases)]
+    identifiers = dataset.identifiers[:: math.ceil(len(dataset.identifiers) / cases)]
     samples = []
     for identifier in identifiers:
         volume = np.asarray(dataset.load_case(identifier)[0][:])
