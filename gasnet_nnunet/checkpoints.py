@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,10 +52,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    # Unpickling damaged bytes may raise anything at all, as the documentation of pickle says.
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"The checkpoint {path} cannot be read ({str(error).splitlines()[0] if str(error) else 'it is empty'}). "
-            "It may be truncated: copy it again, or move it away to continue from another one."
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {reason}). It may be truncated: copy it "
+            "again, or move it away to continue from another one."
         ) from None
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise UserError(f"{path} is no nnU-Net checkpoint.")
