@@ -140,7 +140,10 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D: a volume or patch -> one logit, 0 for real healthy, 1 for everything else.
 
-    Strided convolutions with spectral norm, then the mean over the positions of the last map.
+    Strided convolutions with spectral norm, then the sum over the N positions of the last map divided by sqrt(N). Their
+    mean would shrink every difference by sqrt(N) once more, after convolutions that spectral norm keeps from making up
+    for it: lesions that fill a few percent of the lungs would hardly move the logit, and D would learn nothing but the
+    prior of its labels.
 
     Args:
         channels: Image channels C.
@@ -165,7 +168,11 @@ class Discriminator(nn.Module):
                 blocks.append(nn.InstanceNorm3d(channels_out))
             blocks.append(nn.LeakyReLU(0.2, inplace=True))
         self.body = nn.Sequential(*blocks)
-        self.head = spectral_norm(nn.Conv3d(widths[-1], 1, 1))
+        head = nn.Conv3d(widths[-1], 1, 1)
+        # An offset is multiplied by sqrt(N) too, so a random one would make D start out certain of everything.
+        nn.init.zeros_(head.bias)
+        self.head = spectral_norm(head)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x)).flatten(1).mean(1)
+        verdicts = self.head(self.body(x)).flatten(1)
+        return verdicts.sum(1) / verdicts.shape[1] ** 0.5
