@@ -101,11 +101,16 @@ class Examined:
     lowest: float = 0.0
 
 
-def find_volumes(folder: Path, option: str) -> dict[str, Path]:
+def find_volumes(folder: Path, option: str, *, keep_channel: bool = False) -> dict[str, Path]:
     """Volumes of a folder by the names of their cases.
 
     An image file is a case, a folder with a DICOM series as well. Where all files end in `_0000`, nnU-Net's mark of
-    the first channel, that is left out of the names. Characters that nnU-Net's file names do not take become `_`.
+    the first channel, that is left out of the names. Characters that are a nuisance in file names become `_`.
+
+    Args:
+        folder: Where they lie.
+        option: The option of the command that named it.
+        keep_channel: Leave `_0000` in the names, for images of several channels.
 
     Raises:
         UserError: There is no such folder, nothing in it, or two files of it would have one name.
@@ -125,7 +130,7 @@ def find_volumes(folder: Path, option: str) -> dict[str, Path]:
     if not paths:
         raise UserError(f"{option}: {folder} holds no images.")
     names = [volume_name(path) for path in paths]
-    if all(name.endswith("_0000") for name in names):
+    if not keep_channel and all(name.endswith("_0000") for name in names):
         names = [name.removesuffix("_0000") for name in names]
     volumes: dict[str, Path] = {}
     for path, name in zip(paths, names, strict=True):

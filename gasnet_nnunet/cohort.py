@@ -194,14 +194,8 @@ def read_cohort(
     wanted = list(on_disk) if identifiers is None else list(identifiers)
     if not wanted:
         raise UserError(f"{label_folder} holds no file ending in '{ending}', which is dataset.json's file_ending.")
-    missing = [identifier for identifier in wanted if identifier not in on_disk]
-    if missing:
-        raise UserError(
-            f"No label file for {abbreviate(missing)} in {label_folder} (expected e.g. {missing[0]}{ending}). Every "
-            "case needs one: its mask, zeros for a healthy case, or the ignore label throughout for a diseased one."
-        )
     return cohort_of_files(
-        {identifier: on_disk[identifier] for identifier in wanted},
+        {identifier: label_folder / f"{identifier}{ending}" for identifier in wanted},
         dataset_json,
         known=on_disk,
         cache=cache,
@@ -425,11 +419,13 @@ def _count_all(
     progress: bool,
 ) -> dict[str, dict[int, int]]:
     cached = _load_cache(cache)
-    stamps = {}
-    for identifier, path in files.items():
-        if not path.is_file():
-            raise UserError(f"{identifier}: its label file {path} does not exist.")
-        stamps[identifier] = [path.stat().st_size, path.stat().st_mtime_ns]
+    missing = [identifier for identifier, path in files.items() if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"No label file for {abbreviate(missing)} (expected e.g. {files[missing[0]]}). Every case needs one: its "
+            "mask, zeros for a healthy case, or the ignore label throughout for a diseased one."
+        )
+    stamps = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()}
     counts: dict[str, dict[int, int]] = {}
     for identifier, stamp in stamps.items():
         entry = cached.get(identifier)

@@ -76,11 +76,11 @@ def read_grid(path: Path) -> Grid:
     Raises:
         UserError: The file is no image.
     """
-    import SimpleITK
+    import SimpleITK as sitk
 
     if path.is_dir():
         return Grid.of(_read_series(path))
-    reader = SimpleITK.ImageFileReader()
+    reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -151,14 +151,14 @@ def write_volume(path: Path, array: NDArray[Any], grid: Grid) -> None:
     Raises:
         UserError: The file could not be written whole, for instance because the disk is full.
     """
-    import SimpleITK
+    import SimpleITK as sitk
 
-    image = SimpleITK.GetImageFromArray(array)
+    image = sitk.GetImageFromArray(array)
     image.SetSpacing(grid.spacing)
     image.SetOrigin(grid.origin)
     image.SetDirection(grid.direction)
     try:
-        SimpleITK.WriteImage(image, str(path), True)
+        sitk.WriteImage(image, str(path), True)
         written, _ = read_volume(path)
     except (RuntimeError, UserError) as error:
         raise UserError(f"{path} could not be written. Is the disk full? {_reason(error)}") from None
@@ -180,22 +180,22 @@ def volume_name(path: Path) -> str:
 
 
 def _read_itk(path: Path) -> tuple[NDArray[Any], Grid]:
-    import SimpleITK
+    import SimpleITK as sitk
 
     if path.is_dir():
         image = _read_series(path)
     else:
         try:
-            image = SimpleITK.ReadImage(str(path))
+            image = sitk.ReadImage(str(path))
         except RuntimeError as error:
             raise UserError(f"{path} cannot be read as an image: {_reason(error)}") from None
-    return SimpleITK.GetArrayFromImage(image), Grid.of(image)
+    return sitk.GetArrayFromImage(image), Grid.of(image)
 
 
 def _read_series(folder: Path) -> Any:
-    import SimpleITK
+    import SimpleITK as sitk
 
-    reader = SimpleITK.ImageSeriesReader()
+    reader = sitk.ImageSeriesReader()
     series = reader.GetGDCMSeriesIDs(str(folder))
     if len(series) != 1:
         found = f"{len(series)} DICOM series" if series else "no DICOM series"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK
+import SimpleITK as sitk
 
 from gasnet_nnunet.cohort import Cohort, Kind, read_cohort
 from gasnet_nnunet.errors import UserError
@@ -24,7 +24,7 @@ def write(
     array = np.full(4 * 5 * 6, fill, dtype)
     array[:lesion] = 1
     array[lesion : lesion + ignored] = 2
-    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array.reshape(4, 5, 6)), str(folder / f"{name}.nii.gz"))
+    sitk.WriteImage(sitk.GetImageFromArray(array.reshape(4, 5, 6)), str(folder / f"{name}.nii.gz"))
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def test_undeclared_values_are_refused_by_case(labels: Path) -> None:
 @pytest.mark.parametrize(("fill", "shown"), [(0.5, "0.5"), (np.nan, "nan"), (-1, "-1"), (np.inf, "inf")])
 def test_values_that_are_no_labels_are_refused(tmp_path: Path, fill: float, shown: str) -> None:
     # Not NIfTI, whose reader in ITK turns NaN and infinity into 0.
-    image = SimpleITK.GetImageFromArray(np.full((3, 4, 5), fill, np.float32))
-    SimpleITK.WriteImage(image, str(tmp_path / "mask.nrrd"))
+    image = sitk.GetImageFromArray(np.full((3, 4, 5), fill, np.float32))
+    sitk.WriteImage(image, str(tmp_path / "mask.nrrd"))
     with pytest.raises(UserError, match=rf"mask.nrrd holds the value {shown}"):
         read_cohort(tmp_path, {**DATASET, "file_ending": ".nrrd"})
 

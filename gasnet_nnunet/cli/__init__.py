@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gasnet_nnunet import __version__
-from gasnet_nnunet.cli import convert, demo, doctor, plan
+from gasnet_nnunet.cli import check, convert, demo, doctor, extend, plan
 from gasnet_nnunet.cli.variadic import VariadicCommand
 from gasnet_nnunet.errors import UserError
 
@@ -55,6 +55,8 @@ def _register(group: typer.Typer, command: Callable[..., None], **options: Any) 
 _register(app, doctor.doctor)
 _register(app, demo.demo)
 _register(app, plan.plan, cls=VariadicCommand)
+_register(app, check.check)
+_register(app, extend.extend)
 _register(convert_app, convert.folders, cls=VariadicCommand)
 app.add_typer(convert_app, name="convert")
 
