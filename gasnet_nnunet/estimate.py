@@ -19,8 +19,8 @@ BYTES_PER_FEATURE_MAP_VOXEL = 8e9 / (2 * 560e6)
 """nnU-Net's own reference: two patches of 560 million feature map voxels take 8 GB (mixed precision)."""
 FORWARD = 1 / 3
 """Share of a forward pass in a forward and a backward pass."""
-MEASURED_VOXELS = {"cpu": 2**18, "cuda": 2**21, "mps": 2**20}
-"""Largest patch that is timed; times grow in proportion to voxels."""
+MEASURED_VOXELS = {"cpu": 2**16, "cuda": 2**21, "mps": 2**20}
+"""Largest patch that is timed, if the network allows it; times grow in proportion to voxels."""
 BYTES_PER_VOXEL = 4 + 2
 """nnU-Net's preprocessed data before compression: float32 image of one channel, int16 label."""
 
@@ -46,7 +46,7 @@ class Cost:
 
     Args:
         device: Where it was measured, e.g. "cpu".
-        seconds_per_iteration: Of one S+G update with its D updates.
+        seconds_per_iteration: Of one S+G update with its D updates, if nothing else runs and the data never wait.
         hours: Of the training.
         memory_gb: Peak memory of the networks' feature maps.
         disk_gb: Preprocessed data before compression.
@@ -153,29 +153,39 @@ def _timed_patch(patch: tuple[int, ...], topology: Topology, most: int) -> tuple
     while np.prod(size) > most:
         half = -(-size // 2 // divisor) * divisor
         axis = int(np.argmax(size - half))
-        if half[axis] == size[axis] or half[axis] < 2 * divisor[axis]:
+        smaller = np.where(np.arange(len(size)) == axis, half, size)
+        # Instance norm needs at least two voxels at the lowest resolution.
+        if half[axis] == size[axis] or np.prod(smaller // divisor) < 2:
             break
-        size[axis] = half[axis]
+        size = smaller
     return tuple(int(edge) for edge in size)
 
 
 def _seconds_of_a_pass(network: nn.Module, channels: int, patch: tuple[int, ...], device: str) -> float:
-    """Seconds of one forward and backward pass of one volume; the second of two, the first warms up."""
+    """Seconds of one forward and backward pass of one volume, the faster of two.
+
+    On a CPU it is the processor time of one thread, shared out to all threads: with other work on the machine,
+    threads that wait for each other make the time on the wall clock meaningless.
+    """
     x = torch.zeros(1, channels, *patch, device=device)
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        with torch.autocast(device, enabled=device == "cuda"):
-            out = network(x)
-        loss = sum(o.float().square().mean() for o in (out if isinstance(out, list | tuple) else [out]))
-        assert isinstance(loss, torch.Tensor)
-        loss.backward()
-        # Waits until the device has finished.
-        loss.item()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return seconds
+    threads = torch.get_num_threads()
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    seconds = []
+    try:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        for _ in range(2):
+            start = clock()
+            with torch.autocast("cuda", enabled=device == "cuda"):
+                out = network(x)
+            loss = torch.stack([o.float().square().mean() for o in (out if isinstance(out, list | tuple) else [out])])
+            loss.sum().backward()
+            # Waits until the device has finished.
+            next(network.parameters()).grad.sum().item()  # type: ignore[union-attr]
+            seconds.append(clock() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds) / (threads if device == "cpu" else 1)
 
 
 def _feature_maps(network: nn.Module, channels: int, patch: tuple[int, ...]) -> int:
