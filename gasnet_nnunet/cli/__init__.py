@@ -49,16 +49,17 @@ def _root(
 def _register(group: typer.Typer, command: Callable[..., None], **options: Any) -> None:
     # The sections of a docstring are for readers of the code; typer makes the options' help from their annotations.
     text = re.split(r"\n\n(?:Args|Examples|Raises|Returns):", inspect.getdoc(command) or "")[0]
-    group.command(help=escape(text), **options)(command)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    group.command(help=escape("\n\n".join(paragraphs)), **options)(command)
 
 
 _register(app, doctor.doctor)
 _register(app, demo.demo)
-_register(app, plan.plan, cls=VariadicCommand)
-_register(app, check.check)
-_register(app, extend.extend)
-_register(convert_app, convert.folders, cls=VariadicCommand)
 app.add_typer(convert_app, name="convert")
+_register(convert_app, convert.folders, cls=VariadicCommand)
+_register(app, extend.extend)
+_register(app, check.check)
+_register(app, plan.plan, cls=VariadicCommand)
 
 
 def main() -> None:
