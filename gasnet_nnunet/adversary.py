@@ -85,7 +85,7 @@ class Adversary:
         Shape: (B, C, Z, Y, X) in [-1, 1] -> (B, C, Z, Y, X) in [-1, 1]
         """
         assert self.generator is not None
-        return self.generator(diseased).float()
+        return self.generator(diseased)
 
     def fooling_terms(self, diseased: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`BCE(D(I_s), 0)` and `BCE(D(I_g), 0)`, weighted: what S and G minimise of L_GAN, sharing one G(I_d).

@@ -101,10 +101,10 @@ class Generator(nn.Module):
         channels: Image channels C.
         topology: The plan's strides and kernels.
         features: Feature maps at full resolution, doubled at each down-sampling.
-        downsamplings: Strided stages.
+        downsamplings: Strided stages, at most as many as the plan has.
         residual_blocks: Residual blocks at the lowest resolution.
 
-    Shape: (B, C, Z, Y, X) in [-1, 1] -> (B, C, Z, Y, X) in [-1, 1]
+    Shape: (B, C, Z, Y, X) in [-1, 1] -> (B, C, Z, Y, X) in [-1, 1], in single precision.
     """
 
     def __init__(
@@ -134,7 +134,8 @@ class Generator(nn.Module):
             skip = skips.pop()
             # Nearest-neighbour up-sampling and a convolution leave no checkerboard for D to learn from.
             y = up(torch.cat([functional.interpolate(y, size=skip.shape[2:]), skip], 1))
-        return torch.tanh(self.head(y))
+        # In half precision tanh is exactly 1 from 4.2 on and has no gradient left.
+        return torch.tanh(self.head(y).float())
 
 
 class Discriminator(nn.Module):
@@ -149,7 +150,7 @@ class Discriminator(nn.Module):
         channels: Image channels C.
         topology: The plan's strides and kernels.
         features: Feature maps of the first convolution, doubled with each further one (at most eight-fold).
-        layers: Strided convolutions.
+        layers: Strided convolutions, at most as many as the plan has, so that the last map keeps a few positions.
         norm: "none" or "instance".
 
     Shape: (B, C, Z, Y, X) in [-1, 1] -> (B,)
@@ -157,6 +158,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int, topology: Topology, *, features: int, layers: int, norm: str) -> None:
         super().__init__()
+        layers = min(layers, len(topology.strides) - 1)
         widths = [channels, *(features * min(2**layer, 8) for layer in range(layers + 1))]
         blocks: list[nn.Module] = []
         for layer, (channels_in, channels_out) in enumerate(pairwise(widths)):

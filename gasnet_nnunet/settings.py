@@ -49,10 +49,10 @@ class GASNetSettings:
         learning_rate_g: Learning rate of G (Adam).
         learning_rate_d: Learning rate of D (Adam).
         generator_features: Feature maps of G at full resolution; doubled at each of its down-samplings.
-        generator_downsamplings: Strided stages of G, taken from the plan's topology (CycleGAN: 2).
+        generator_downsamplings: Strided stages of G, the plan's own and at most as many (CycleGAN: 2).
         generator_residual_blocks: Residual blocks at G's lowest resolution.
         discriminator_features: Feature maps of D's first convolution; doubled with each further one.
-        discriminator_layers: Strided convolutions of D.
+        discriminator_layers: Strided convolutions of D, with the plan's strides and at most as many.
         discriminator_norm: Normalisation inside D beside the spectral norm. Instance norm removes the mean density of
             a feature map, which is what ground glass changes.
         discriminator_steps: D updates on fresh draws after each S+G update (the paper's theta_i).
