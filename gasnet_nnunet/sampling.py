@@ -24,7 +24,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional
 
-from gasnet_nnunet.lungs import Box, OrganMasks
+from gasnet_nnunet.lungs import Box
+from gasnet_nnunet.organ_masks import OrganMasks
 
 GEOMETRY = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert2DTo3DTransform)
 
@@ -200,8 +201,8 @@ class PairLoader(DataLoader):
         patients = 1 if self.bag else count
         cases_d = np.resize(rng.choice(self.diseased, patients, replace=len(self.diseased) < patients), count)
         cases_h = np.resize(rng.choice(self.healthy, patients, replace=len(self.healthy) < patients), count)
-        positions = spread_positions(count, rng)
-        shifts = rng.uniform(-self.jitter, self.jitter, (count, 3))
+        positions = spread_positions(count, rng).tolist()
+        shifts = rng.uniform(-self.jitter, self.jitter, (count, 3)).tolist()
         items: list[list[Tensor]] = []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             for case_d, case_h, position, shift in zip(cases_d, cases_h, positions, shifts, strict=True):
@@ -213,7 +214,7 @@ class PairLoader(DataLoader):
         batch["keys"] = [(str(d), str(h)) for d, h in zip(cases_d, cases_h, strict=True)]
         return batch
 
-    def _pair(self, case_d: str, case_h: str, position: np.ndarray, shift: np.ndarray) -> list[Tensor]:
+    def _pair(self, case_d: str, case_h: str, position: Sequence[float], shift: Sequence[float]) -> list[Tensor]:
         reader: VolumeReader = self._data
         start_d, start_h = (
             patch_start(reader.masks.box(case), position, self.patch_size_out, self.read_size, shift)

@@ -39,8 +39,8 @@ from gasnet_nnunet.checkpoints import read_checkpoint, write_checkpoint
 from gasnet_nnunet.cohort import Cohort, read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
-from gasnet_nnunet.lungs import OrganMasks, ensure_organ_masks
 from gasnet_nnunet.networks import Topology
+from gasnet_nnunet.organ_masks import OrganMasks, ensure_organ_masks
 from gasnet_nnunet.progress import TrainingCurves
 from gasnet_nnunet.sampling import PairLoader, PairTransform, VolumeReader
 from gasnet_nnunet.selection import BestEpoch, epoch_score
