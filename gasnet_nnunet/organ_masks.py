@@ -168,8 +168,9 @@ def _make(job: _Job) -> dict[str, Any] | str:
     temporary = job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp.b2nd")
     try:
         stored = blosc2.asarray(np.ascontiguousarray(mask, dtype=np.uint8), urlpath=str(temporary), mode="w")
-        stored.schunk.vlmeta["gasnet"] = entry
-        del stored
+        chunks = stored.schunk
+        chunks.vlmeta["gasnet"] = entry
+        del chunks, stored
         os.replace(temporary, job.target)
     finally:
         temporary.unlink(missing_ok=True)
