@@ -110,9 +110,7 @@ def convert_folders(
     sources, problems = _collect(labelled, diseased, healthy, test, test_masks, lungs)
     raise_problems(problems, "the folders")
     sources = [replace(source, rescaling=rescaling) for source in sources]
-    examined = run_jobs(
-        examine, sources, num_processes=num_processes, description="Checking" if progress else None
-    )
+    examined = run_jobs(examine, sources, num_processes=num_processes, description="Checking" if progress else None)
     problems = [problem for result in examined for problem in result.problems]
     problems += duplicates(sources, examined)
     raise_problems(problems, "the files; nothing was written")
