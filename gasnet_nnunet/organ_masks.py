@@ -189,10 +189,10 @@ def _resampled(
             f"{path} has shape {seg.shape[1:]} and spacing {_short(found['spacing'])}, but its CT has {expected} and "
             f"{_short(properties['spacing'])}. Make the mask on the CT's own grid."
         )
-    crop = tuple(slice(start, stop) for start, stop in properties["bbox_used_for_cropping"])
+    crop = (slice(None), *(slice(start, stop) for start, stop in properties["bbox_used_for_cropping"]))
     old_spacing = [properties["spacing"][axis] for axis in manager.transpose_forward]
     settings = manager.get_configuration(configuration)
-    resampled = settings.resampling_fn_seg(seg[(slice(None), *crop)], tuple(shape), old_spacing, settings.spacing)
+    resampled = settings.resampling_fn_seg(seg[crop], tuple(shape), old_spacing, settings.spacing)
     return np.asarray(resampled)[0].astype(np.uint8)
 
 

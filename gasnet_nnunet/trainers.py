@@ -221,13 +221,12 @@ class GASNetTrainer(nnUNetTrainer):
     def _fold_cases(self) -> Fold:
         if self._cases is None:
             with _one_sentence():
-                if self.dataset_class is None:
-                    self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+                dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
                 base = Path(self.preprocessed_dataset_folder_base)
                 self._cohort = read_cohort(
                     base / "gt_segmentations",
                     self.dataset_json,
-                    identifiers=sorted(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)),
+                    identifiers=sorted(dataset_class.get_identifiers(self.preprocessed_dataset_folder)),
                     cache=base / "gasnet_cohort.json",
                     num_processes=default_num_processes,
                     progress=True,
@@ -240,7 +239,7 @@ class GASNetTrainer(nnUNetTrainer):
 
     def _open_dataset(self, cases: Sequence[str] | None) -> Any:
         names = None if cases is None else list(cases)
-        return self.dataset_class(self.preprocessed_dataset_folder, names)
+        return infer_dataset_class(self.preprocessed_dataset_folder)(self.preprocessed_dataset_folder, names)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, bool, Any, tuple[int, ...]]:  # noqa: N802
         """nnU-Net's augmentation with our rotation range and mirror axes: chests do not stand on their heads."""
