@@ -382,6 +382,8 @@ class GASNetTrainer(nnUNetTrainer):
         super().on_train_start()
         self.curves = TrainingCurves(Path(self.output_folder))
         self.curves.truncate(self.current_epoch)
+        if self.current_epoch:
+            self.curves.plot()
         self._last_save = monotonic()
 
     def on_train_epoch_start(self) -> None:
