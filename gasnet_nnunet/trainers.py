@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import numpy as np
@@ -463,19 +463,22 @@ class GASNetTrainer(nnUNetTrainer):
         self._extra_columns.update(pseudo_dice=dice, score=epoch_score(dice, readings))
 
     def on_epoch_end(self) -> None:
-        """nnU-Net's, then our curves, gallery, and checkpoints by our rule and by the clock."""
+        """nnU-Net's, with our curves, gallery, and checkpoints by our rule and by the clock."""
         epoch = self.current_epoch
-        super().on_epoch_end()
-        durations = (self.logger.get_value(f"epoch_{end}_timestamps", step=-1) for end in ("end", "start"))
-        self._extra_columns.update(lr_S=self.optimizer.param_groups[0]["lr"], seconds=next(durations) - next(durations))
+        seconds = time() - self.logger.get_value("epoch_start_timestamps", step=-1)
+        self._extra_columns.update(lr_S=self.optimizer.param_groups[0]["lr"], seconds=seconds)
+        # nnU-Net saves `checkpoint_latest` in there every 50 epochs, and this epoch has to be in it.
         is_best = self.best_epoch.update(self._extra_columns["score"])
+        self.curves.append(epoch, self._extra_columns)
+        super().on_epoch_end()
         self._report_epoch(epoch)
         every = self.settings.gallery_every_epochs
         if every and ((epoch + 1) % every == 0 or epoch + 1 == self.num_epochs):
             assert self.watch is not None
             spacing = self.configuration_manager.spacing
             gallery = Path(self.output_folder) / "gasnet_gallery" / f"epoch_{epoch:04d}.png"
-            self.watch.draw_gallery(gallery, pseudo_on=self._pseudo_on(), aspect=spacing[1] / spacing[2])
+            pseudo_on = not math.isnan(self._extra_columns["L_ps"])
+            self.watch.draw_gallery(gallery, pseudo_on=pseudo_on, aspect=spacing[1] / spacing[2])
         # As in nnU-Net's on_train_end: the epoch counter has moved on, and a checkpoint stores the one after it.
         self.current_epoch -= 1
         if is_best:
@@ -484,13 +487,13 @@ class GASNetTrainer(nnUNetTrainer):
         overdue = monotonic() - self._last_save > 60 * self.settings.save_every_minutes
         if overdue and epoch + 1 < self.num_epochs:
             self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+            self._last_save = monotonic()
         self.current_epoch += 1
 
     def _report_epoch(self, epoch: int) -> None:
         columns = self._extra_columns
         shown = ", ".join(f"{name} {value:.4g}" for name, value in columns.items() if not math.isnan(value))
         self.print_to_log_file(f"GASNet: {shown}")
-        self.curves.append(epoch, columns)
         self.curves.plot()
         for logger in self.logger.loggers:
             for name, value in columns.items():
@@ -514,7 +517,6 @@ class GASNetTrainer(nnUNetTrainer):
         state = {"adversary": self.adversary.state_dict(), "best_epoch": self.best_epoch.state_dict()}
         with _one_sentence():
             write_checkpoint(Path(filename), super().save_checkpoint, {CHECKPOINT_KEY: state})
-        self._last_save = monotonic()
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
         """Restore S, G, D, their optimisers, the scaler and the settings; on `--c` the checkpoint's settings win."""
