@@ -254,7 +254,8 @@ class GASNetTrainer(nnUNetTrainer):
             if dummy_2d:
                 initial_patch_size[0] = patch_size[0]
         if self.settings.mirror_axes is not None:
-            mirror_axes = self.inference_allowed_mirroring_axes = self.settings.mirror_axes
+            # nnU-Net's prediction takes the maximum of the axes, so no axis has to be None.
+            mirror_axes = self.inference_allowed_mirroring_axes = self.settings.mirror_axes or None
         return rotation, dummy_2d, initial_patch_size, mirror_axes
 
     def get_dataloaders(self) -> tuple[Any, Any]:
