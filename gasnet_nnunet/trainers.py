@@ -140,10 +140,10 @@ class GASNetTrainer(nnUNetTrainer):
 
         Args:
             settings: From now on.
-            instead_of: Settings in use so far; what equals them leaves its attribute as it is.
+            instead_of: Settings in use so far; an attribute that a subclass changed is left as it is.
         """
         for attribute, name in ATTRIBUTES.items():
-            if instead_of is None or getattr(settings, name) != getattr(instead_of, name):
+            if instead_of is None or getattr(self, attribute) == getattr(instead_of, name):
                 setattr(self, attribute, getattr(settings, name))
         self.settings = settings
         self.plans_manager.plans["configurations"][self.configuration_name][PLANS_KEY] = settings.to_dict()
@@ -541,7 +541,9 @@ class GASNetTrainer(nnUNetTrainer):
 
     def _adopt_settings(self, plans: dict[str, Any]) -> None:
         stored = self._settings_of(copy.deepcopy(plans), self.configuration_name)
-        differences = self.settings.differences(stored)
+        # A window that was measured stands in the checkpoint alone.
+        mine = self.settings if self.settings.window else self.settings.replace(window=stored.window)
+        differences = mine.differences(stored)
         if differences:
             self.print_to_log_file(
                 "The checkpoint was trained with other settings than the plans hold now; the checkpoint's win: "
