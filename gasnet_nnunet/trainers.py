@@ -269,6 +269,7 @@ class GASNetTrainer(nnUNetTrainer):
             self._get_deep_supervision_scales(),
             mirror,
             dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
             foreground_labels=self.label_manager.foreground_labels,
             regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
             ignore_label=self.label_manager.ignore_label,
