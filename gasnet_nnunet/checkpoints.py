@@ -11,6 +11,15 @@ import torch
 
 from gasnet_nnunet.errors import UserError
 
+TEMPORARY = ".{}.tmp"
+"""Name of a checkpoint that is being written."""
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the checkpoints that a killed training left half written."""
+    for leftover in folder.glob(TEMPORARY.format("checkpoint_*.pth")):
+        leftover.unlink()
+
 
 def write_checkpoint(path: Path, save: Callable[[str], None], extra: Mapping[str, Any]) -> None:
     """Write a checkpoint whole or not at all, with keys of ours added.
@@ -25,7 +34,7 @@ def write_checkpoint(path: Path, save: Callable[[str], None], extra: Mapping[str
     Raises:
         UserError: It could not be written, e.g. because the disk is full; the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(TEMPORARY.format(path.name))
     try:
         save(str(temporary))
         checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)

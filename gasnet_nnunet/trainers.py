@@ -7,6 +7,7 @@ as nnU-Net planned it and nothing else, so that prediction needs nothing of ours
 from __future__ import annotations
 
 import copy
+import errno
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from gasnet_nnunet.adversary import Adversary, needs_generator
-from gasnet_nnunet.checkpoints import read_checkpoint, write_checkpoint
+from gasnet_nnunet.checkpoints import read_checkpoint, remove_leftovers, write_checkpoint
 from gasnet_nnunet.cohort import Cohort, read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
@@ -60,6 +61,9 @@ ATTRIBUTES = {
     "weight_decay": "weight_decay_s",
 }
 """nnU-Net's attribute for a setting of ours."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, the user's quota, or a limit on the size of files."""
 
 
 class GASNetTrainer(nnUNetTrainer):
@@ -350,6 +354,19 @@ class GASNetTrainer(nnUNetTrainer):
 
     # Life cycle -------------------------------------------------------------------------------------------------------
 
+    def run_training(self) -> None:
+        """nnU-Net's; a full disk ends it in one sentence, whoever was writing."""
+        with _one_sentence():
+            try:
+                super().run_training()
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                raise UserError(
+                    f"{self.output_folder} cannot be written to: {error.strerror}. The checkpoints written so far are "
+                    "untouched; make room on that disk, then go on with --c."
+                ) from None
+
     def on_train_start(self) -> None:
         """Check the cohort and make the lung masks before anything else, then start as nnU-Net does."""
         if not self.was_initialized:
@@ -382,6 +399,7 @@ class GASNetTrainer(nnUNetTrainer):
             patches=self.settings.bag_size if self.settings.patches == "bag" else 1,
         )
         super().on_train_start()
+        remove_leftovers(Path(self.output_folder))
         self.curves = TrainingCurves(Path(self.output_folder))
         self.curves.truncate(self.current_epoch)
         if self.current_epoch:
