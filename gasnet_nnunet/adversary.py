@@ -65,6 +65,7 @@ class Adversary:
                 features=settings.discriminator_features,
                 layers=settings.discriminator_layers,
                 norm=settings.discriminator_norm,
+                gain=settings.discriminator_gain,
             ).to(device)
             self.optimizers["discriminator"] = _adam(self.discriminator, settings.learning_rate_d)
         self._schedulers = [

@@ -141,10 +141,10 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D: a volume or patch -> one logit, 0 for real healthy, 1 for everything else.
 
-    Strided convolutions with spectral norm, then the sum over the N positions of the last map divided by sqrt(N). Their
-    mean would shrink every difference by sqrt(N) once more, after convolutions that spectral norm keeps from making up
-    for it: lesions that fill a few percent of the lungs would hardly move the logit, and D would learn nothing but the
-    prior of its labels.
+    Strided convolutions with spectral norm, then the mean over the positions of the last map. Spectral norm bounds what
+    a convolution can do to its worst input; ordinary inputs shrink three- to fourfold at each 3D convolution, until
+    lesions that fill a few percent of the lungs no longer move the logit and D learns nothing but the prior of its
+    labels. A fixed gain after each convolution undoes that.
 
     Args:
         channels: Image channels C.
@@ -152,11 +152,14 @@ class Discriminator(nn.Module):
         features: Feature maps of the first convolution, doubled with each further one (at most eight-fold).
         layers: Strided convolutions, at most as many as the plan has, so that the last map keeps a few positions.
         norm: "none" or "instance".
+        gain: Factor after each convolution.
 
     Shape: (B, C, Z, Y, X) in [-1, 1] -> (B,)
     """
 
-    def __init__(self, channels: int, topology: Topology, *, features: int, layers: int, norm: str) -> None:
+    def __init__(
+        self, channels: int, topology: Topology, *, features: int, layers: int, norm: str, gain: float
+    ) -> None:
         super().__init__()
         layers = min(layers, len(topology.strides) - 1)
         widths = [channels, *(features * min(2**layer, 8) for layer in range(layers + 1))]
@@ -166,15 +169,21 @@ class Discriminator(nn.Module):
             if layer == layers:
                 stride = (1, 1, 1)
             blocks.append(spectral_norm(nn.Conv3d(channels_in, channels_out, kernel, stride, _same(kernel))))
+            blocks.append(_Gain(gain))
             if norm == "instance" and layer > 0:
                 blocks.append(nn.InstanceNorm3d(channels_out))
             blocks.append(nn.LeakyReLU(0.2, inplace=True))
         self.body = nn.Sequential(*blocks)
-        head = nn.Conv3d(widths[-1], 1, 1)
-        # An offset is multiplied by sqrt(N) too, so a random one would make D start out certain of everything.
-        nn.init.zeros_(head.bias)
-        self.head = spectral_norm(head)
+        self.head = nn.Sequential(spectral_norm(nn.Conv3d(widths[-1], 1, 1)), _Gain(gain))
 
     def forward(self, x: Tensor) -> Tensor:
-        verdicts = self.head(self.body(x)).flatten(1)
-        return verdicts.sum(1) / verdicts.shape[1] ** 0.5
+        return self.head(self.body(x)).flatten(1).mean(1)
+
+
+class _Gain(nn.Module):
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x

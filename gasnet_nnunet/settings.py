@@ -55,6 +55,8 @@ class GASNetSettings:
         discriminator_layers: Strided convolutions of D, with the plan's strides and at most as many.
         discriminator_norm: Normalisation inside D beside the spectral norm. Instance norm removes the mean density of
             a feature map, which is what ground glass changes.
+        discriminator_gain: Factor after each convolution of D, which spectral norm would otherwise let shrink every
+            difference until D sees none (see `networks.Discriminator`).
         discriminator_steps: D updates on fresh draws after each S+G update (the paper's theta_i).
         lambda_s: Weight of L_S against L_GAN (the paper's lambda_S). S sees `L_S + L_GAN / lambda_s`.
         weight_labelled: Weight of L_lab.
@@ -119,6 +121,7 @@ class GASNetSettings:
     discriminator_features: Count = 16
     discriminator_layers: Count = 3
     discriminator_norm: Literal["none", "instance"] = "none"
+    discriminator_gain: Annotated[float, Field(gt=0.0, le=100.0)] = 4.0
     discriminator_steps: Annotated[int, Field(ge=0)] = 5
 
     lambda_s: Annotated[float, Field(gt=0.0)] = 100.0

@@ -38,7 +38,7 @@ def generator(topology: Topology, *, channels: int = 1, downsamplings: int = 2, 
 
 def discriminator(topology: Topology, *, channels: int = 1, layers: int = 3, norm: str = "none") -> Discriminator:
     torch.manual_seed(0)
-    return Discriminator(channels, topology, features=2, layers=layers, norm=norm)
+    return Discriminator(channels, topology, features=2, layers=layers, norm=norm, gain=4.0)
 
 
 def volumes(batch: int, channels: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
