@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gasnet_nnunet import losses
 from gasnet_nnunet.intensity import IntensityWindow
 from gasnet_nnunet.losses import HEALTHY, NOT_HEALTHY
-from gasnet_nnunet.networks import Discriminator, Generator, Topology
+from gasnet_nnunet.networks import Discriminator, Generator, Topology, build_discriminator, build_generator
 from gasnet_nnunet.settings import GASNetSettings
 from gasnet_nnunet.synthesis import restore
 
@@ -50,23 +50,10 @@ class Adversary:
         self.discriminator: Discriminator | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if needs_generator(settings):
-            self.generator = Generator(
-                channels,
-                topology,
-                features=settings.generator_features,
-                downsamplings=settings.generator_downsamplings,
-                residual_blocks=settings.generator_residual_blocks,
-            ).to(device)
+            self.generator = build_generator(settings, topology, channels).to(device)
             self.optimizers["generator"] = _adam(self.generator, settings.learning_rate_g)
         if needs_discriminator(settings):
-            self.discriminator = Discriminator(
-                channels,
-                topology,
-                features=settings.discriminator_features,
-                layers=settings.discriminator_layers,
-                norm=settings.discriminator_norm,
-                gain=settings.discriminator_gain,
-            ).to(device)
+            self.discriminator = build_discriminator(settings, topology, channels).to(device)
             self.optimizers["discriminator"] = _adam(self.discriminator, settings.learning_rate_d)
         self._schedulers = [
             PolyLRScheduler(optimizer, optimizer.param_groups[0]["lr"], num_epochs)

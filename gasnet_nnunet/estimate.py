@@ -12,7 +12,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from gasnet_nnunet.adversary import needs_discriminator, needs_generator
-from gasnet_nnunet.networks import Discriminator, Generator, Topology
+from gasnet_nnunet.networks import Topology, build_discriminator, build_generator
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 
 BYTES_PER_FEATURE_MAP_VOXEL = 8e9 / (2 * 560e6)
@@ -108,21 +108,11 @@ def estimate_cost(configuration: dict[str, Any], *, channels: int, labels: int, 
         segmenter = get_network_from_plans(
             arch["network_class_name"], arch["arch_kwargs"], arch["_kw_requires_import"], channels, labels, False, True
         )
-        generator = Generator(
-            channels,
-            topology,
-            features=settings.generator_features,
-            downsamplings=settings.generator_downsamplings,
-            residual_blocks=settings.generator_residual_blocks,
+        return (
+            segmenter,
+            build_generator(settings, topology, channels),
+            build_discriminator(settings, topology, channels),
         )
-        discriminator = Discriminator(
-            channels,
-            topology,
-            features=settings.discriminator_features,
-            layers=settings.discriminator_layers,
-            norm=settings.discriminator_norm,
-        )
-        return segmenter, generator, discriminator
 
     per_volume = np.prod(patch) / np.prod(timed)
     counts = (passes.segmenter, passes.generator, passes.discriminator)

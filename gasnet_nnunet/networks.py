@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.settings import GASNetSettings
 
 Triple = tuple[int, int, int]
 
@@ -187,3 +188,26 @@ class _Gain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gain * x
+
+
+def build_generator(settings: GASNetSettings, topology: Topology, channels: int) -> Generator:
+    """G as the settings size it, for images of some channels."""
+    return Generator(
+        channels,
+        topology,
+        features=settings.generator_features,
+        downsamplings=settings.generator_downsamplings,
+        residual_blocks=settings.generator_residual_blocks,
+    )
+
+
+def build_discriminator(settings: GASNetSettings, topology: Topology, channels: int) -> Discriminator:
+    """D as the settings size it, for images of some channels."""
+    return Discriminator(
+        channels,
+        topology,
+        features=settings.discriminator_features,
+        layers=settings.discriminator_layers,
+        norm=settings.discriminator_norm,
+        gain=settings.discriminator_gain,
+    )

@@ -263,10 +263,12 @@ class WholeLungPlanner(ExperimentPlanner):
         """nnU-Net's intensity properties, in CT channels with the window in place of the foreground's percentiles.
 
         nnU-Net's own foreground counts voxels labelled `ignore`, so that its percentiles would be those of whole scans.
-        With these four numbers CTNormalization clips to the window and maps it to [-1, 1].
+        With these four numbers CTNormalization clips to the window and maps it to [0, 2]. The lower bound becomes 0,
+        because nnU-Net pads with 0, in training and in prediction: a patch that holds the lungs is larger than many a
+        scan, and a slab of mean HU beside the lungs is nothing that S could know.
         """
         low, high = self.hu_window()
-        window = {"percentile_00_5": low, "percentile_99_5": high, "mean": (low + high) / 2, "std": (high - low) / 2}
+        window = {"percentile_00_5": low, "percentile_99_5": high, "mean": low, "std": (high - low) / 2}
         found = self.dataset_fingerprint["foreground_intensity_properties_per_channel"]
         return {
             channel: {**values, **(window if int(channel) in self.source.ct_channels else {})}
@@ -473,14 +475,14 @@ def make_plans(
     """
     dataset = find_dataset(name_or_id)
     check_plans_name(dataset, plans_name)
-    if settings.organ != "volume" and not dataset.ct_channels:
+    if settings.organ != "volume" and 0 not in dataset.ct_channels:
         names = ", ".join(map(str, dataset.dataset_json["channel_names"].values()))
         raise UserError(
-            f"The {settings.organ} are found by their density, but no channel of {dataset.name} is named 'CT' "
-            f"(found: {names}). Plan with --set organ=volume, or correct channel_names in dataset.json."
+            f"The {settings.organ} are found by HU, but channel 0 of {dataset.name} is not named 'CT' (channels: "
+            f"{names}). Plan with --set organ=volume, or correct channel_names in dataset.json."
         )
+    dataset.make_folder()
     check_grids(dataset, num_processes=num_processes, progress=progress)
-    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
     cohort = cohort_of_files(
         {case: Path(entry["label"]) for case, entry in dataset.files.items()},
         dataset.dataset_json,
@@ -525,28 +527,39 @@ def run_preprocessing(planned: Planned, *, num_processes: int = 1) -> bool:
     """nnU-Net's preprocessing of the planned configuration, unless its result is there already.
 
     Returns:
-        Whether it ran: settings, batch size and features do not change the data.
+        Whether it ran.
     """
-    record = planned.dataset.preprocessed / PREPROCESSING_RECORD
-    identifier = str(planned.configuration["data_identifier"])
-    records = read_json(record) if record.is_file() else {}
-    basis = _preprocessing_basis(planned.plans, planned.dataset.dataset_json)
-    if records.get(identifier) == basis and _data_is_whole(planned, record.stat().st_mtime):
+    if preprocessing_is_current(planned):
         return False
     # Silences a print of the whole configuration, which the plans file holds.
     with contextlib.redirect_stdout(io.StringIO()):
         preprocess_dataset(
             planned.dataset.number, planned.plans["plans_name"], (CONFIGURATION,), num_processes=(num_processes,)
         )
-    write_json(record, {**records, identifier: basis})
+    basis = _preprocessing_basis(planned.plans, planned.dataset.dataset_json)
+    write_json(_record(planned), {**_read_record(planned), planned.data_folder.name: basis})
     return True
 
 
-def _data_is_whole(planned: Planned, recorded: float) -> bool:
-    """Whether the data of exactly these cases are there, and neither they nor the raw ones changed since `recorded`."""
+def preprocessing_is_current(planned: Planned) -> bool:
+    """Whether the data of exactly these cases are there, made with this spacing, window and labels from these files.
+
+    Settings, batch size and features do not change the data.
+    """
+    basis = _preprocessing_basis(planned.plans, planned.dataset.dataset_json)
     # nnU-Net writes the .pkl of a case last.
     written = {path.stem: path.stat().st_mtime for path in planned.data_folder.glob("*.pkl")}
-    return set(written) == set(planned.measures) and recorded >= max(planned.dataset.last_change, *written.values())
+    if set(written) != set(planned.measures) or _read_record(planned).get(planned.data_folder.name) != basis:
+        return False
+    return _record(planned).stat().st_mtime >= max(planned.dataset.last_change, *written.values())
+
+
+def _record(planned: Planned) -> Path:
+    return planned.dataset.preprocessed / PREPROCESSING_RECORD
+
+
+def _read_record(planned: Planned) -> dict[str, Any]:
+    return read_json(_record(planned)) if _record(planned).is_file() else {}
 
 
 def _preprocessing_basis(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> dict[str, Any]:
