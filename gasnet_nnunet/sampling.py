@@ -7,6 +7,7 @@ that D cannot tell the pools apart by how they were augmented.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ def patch_start(
     start = []
     for (low, high), relative, wanted, read, shift in zip(box, position, cover, size, jitter, strict=True):
         centre = (low + high) / 2 + (relative - 0.5) * max(0, high - low - wanted) + shift * wanted
-        start.append(round(centre - read / 2))
+        # Not round(), which rounds halves to even: boxes an odd number of voxels apart would not be laid alike.
+        start.append(math.floor(centre - read / 2 + 0.5))
     return start
 
 
@@ -76,7 +78,8 @@ def read_patch(array: Any, start: Sequence[int], size: Sequence[int], offset: Te
     bounds = list(zip(start, size, array.shape[-3:], strict=True))
     inside = tuple(slice(min(max(s, 0), n), max(min(s + p, n), 0)) for s, p, n in bounds)
     leading = (slice(None),) * (len(array.shape) - 3)
-    patch = torch.from_numpy(np.asarray(array[leading + inside], dtype=np.float32))
+    # A copy, because nnU-Net's memory maps are read-only.
+    patch = torch.from_numpy(np.array(array[leading + inside], dtype=np.float32))
     if offset is not None:
         patch = patch - offset
     pads: list[int] = []
