@@ -47,7 +47,7 @@ def write_checkpoint(path: Path, save: Callable[[str], None], extra: Mapping[str
     except (OSError, RuntimeError) as error:
         kept = "The one from before is untouched; go on with --c" if path.exists() else "Start again"
         raise UserError(
-            f"The checkpoint {path} could not be written: {error}. {kept} when there is room on that disk."
+            f"The checkpoint {path} could not be written: {error}. {kept} once that disk has room and takes files."
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
