@@ -17,7 +17,7 @@ from gasnet_nnunet.settings import GASNetSettings
 from gasnet_nnunet.synthesis import restore
 
 TOPOLOGY = Topology([1, (1, 2, 2), 2], [(1, 3, 3), 3, 3])
-OFF = {
+OFF: dict[str, Any] = {
     "weight_adversarial": 0.0,
     "weight_generated": 0.0,
     "weight_diseased": 0.0,
@@ -191,7 +191,7 @@ def test_d_reports_each_of_its_inputs() -> None:
 
 
 def test_d_minimises_the_weighted_sum() -> None:
-    settings = {"weight_adversarial": 0.5, "weight_generated": 2.0, "weight_diseased": 0.25}
+    settings: dict[str, Any] = {"weight_adversarial": 0.5, "weight_generated": 2.0, "weight_diseased": 0.25}
     adversary, twin = adversary_of(**settings), adversary_of(**settings)
     diseased, healthy, mask = pair()
     report = adversary.discriminator_step(diseased, healthy, mask)
@@ -217,7 +217,8 @@ def test_d_minimises_the_weighted_sum() -> None:
     [("weight_adversarial", "restored"), ("weight_generated", "generated"), ("weight_diseased", "diseased")],
 )
 def test_a_term_that_is_off_is_no_input_of_d(weight: str, absent: str) -> None:
-    report = adversary_of(**{weight: 0.0}).discriminator_step(*pair())
+    changes: dict[str, Any] = {weight: 0.0}
+    report = adversary_of(**changes).discriminator_step(*pair())
     assert len(report) == 6
     assert not any(name.endswith(absent) for name in report)
 
@@ -244,7 +245,7 @@ def test_d_learns_to_tell_the_kinds_apart() -> None:
         ({"weight_generated": 1.0}, True, True),
     ],
 )
-def test_terms_that_are_off_build_no_network(on: dict[str, float], generator: bool, discriminator: bool) -> None:
+def test_terms_that_are_off_build_no_network(on: dict[str, Any], generator: bool, discriminator: bool) -> None:
     adversary = adversary_of(**{**OFF, **on})
     assert (adversary.generator is not None) == generator == needs_generator(adversary.settings)
     assert (adversary.discriminator is not None) == discriminator == needs_discriminator(adversary.settings)

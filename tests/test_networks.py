@@ -36,9 +36,11 @@ def generator(topology: Topology, *, channels: int = 1, downsamplings: int = 2, 
     return Generator(channels, topology, features=2, downsamplings=downsamplings, residual_blocks=blocks)
 
 
-def discriminator(topology: Topology, *, channels: int = 1, layers: int = 3, norm: str = "none") -> Discriminator:
+def discriminator(
+    topology: Topology, *, channels: int = 1, layers: int = 3, norm: str = "none", gain: float = 4.0
+) -> Discriminator:
     torch.manual_seed(0)
-    return Discriminator(channels, topology, features=2, layers=layers, norm=norm, gain=4.0)
+    return Discriminator(channels, topology, features=2, layers=layers, norm=norm, gain=gain)
 
 
 def volumes(batch: int, channels: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -134,6 +136,20 @@ def test_d_without_instance_norm_sees_a_change_of_density() -> None:
     d = discriminator(ISOTROPIC).eval()
     with torch.no_grad():
         assert (d(x + 0.3) - d(x)).abs().item() > 1e-4
+
+
+def test_every_convolution_of_d_has_its_gain() -> None:
+    x = volumes(2, 1, (8, 16, 16))
+    logits = []
+    for gain in (1.0, 3.0):
+        d = discriminator(ANISOTROPIC, gain=gain).eval()
+        with torch.no_grad():
+            for name, parameter in d.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+            logits.append(d(x))
+    # Four convolutions and the head, each homogeneous without its bias.
+    torch.testing.assert_close(logits[1], logits[0] * 3.0**5)
 
 
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
