@@ -57,7 +57,7 @@ class PlanningChoices:
         base_features: Feature maps of S at full resolution, doubled with each stage, or those of every stage.
         max_features: Most feature maps of a stage.
         batch_size: Patches of a batch; by nnU-Net's rule if `None`.
-        hu_window: CT window in HU that the preprocessing clips to and maps to [-1, 1]; if `None`, the paper's
+        hu_window: CT window in HU that the preprocessing clips to; if `None`, the paper's
             [-1250, 250] for lungs and the data's 0.5 and 99.5 percentiles for other organs.
     """
 

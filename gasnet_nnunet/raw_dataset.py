@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +15,13 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from pydantic import TypeAdapter
 
-from gasnet_nnunet import __version__
 from gasnet_nnunet.cohort import abbreviate, raise_problems
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
 from gasnet_nnunet.lungs import CaseGeometry, measure_case
+from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import run_jobs
-from gasnet_nnunet.volumes import grid_difference, read_grid
+from gasnet_nnunet.volumes import grid_difference, read_grid, read_volume
 
 HIGHEST_AIR = -500.0
 """In a chest CT in HU at least half a percent of the voxels, air in or around the patient, lies below this."""
@@ -54,6 +55,21 @@ class Dataset:
     def number(self) -> int:
         """nnU-Net's dataset id."""
         return int(self.name[len("Dataset") :].split("_")[0])
+
+    def make_folder(self) -> None:
+        """Make the dataset's folder in nnUNet_preprocessed.
+
+        Raises:
+            UserError: It cannot be made or written to.
+        """
+        try:
+            self.preprocessed.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.preprocessed} cannot be made ({error.strerror}). Correct nnUNet_preprocessed."
+            ) from None
+        if not os.access(self.preprocessed, os.W_OK):
+            raise UserError(f"{self.preprocessed} cannot be written to. Correct its rights or nnUNet_preprocessed.")
 
     @property
     def last_change(self) -> float:
@@ -142,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def measure_dataset(
     dataset: Dataset, organ: str, *, num_processes: int = 1, progress: bool = False
 ) -> dict[str, CaseGeometry]:
-    """Measure organ box and intensities of every case, only those that changed since the last time.
+    """Measure organ box and intensities of channel 0 of every case, only those that changed since the last time.
 
     Masks in `lungsTr` of the raw dataset win over computed ones.
 
@@ -153,18 +169,18 @@ def measure_dataset(
         progress: Show a progress bar.
 
     Raises:
-        UserError: An image cannot be read, or a mask does not match it.
+        UserError: An image is damaged or holds NaN, or a mask does not match it.
     """
     cache = dataset.preprocessed / GEOMETRY_CACHE
     known = read_json(cache) if cache.is_file() else {}
-    channel = (dataset.ct_channels or [0])[0]
-    jobs: dict[str, tuple[Path, Path | None, str]] = {}
+    jobs: dict[str, tuple[list[Path], Path | None, str]] = {}
     stamps: dict[str, list[Any]] = {}
     for case, entry in dataset.files.items():
         mask = dataset.raw / "lungsTr" / f"{case}{dataset.dataset_json['file_ending']}"
-        jobs[case] = (Path(entry["images"][channel]), mask if mask.is_file() and organ != "volume" else None, organ)
-        stamps[case] = [__version__, organ]
-        for path in jobs[case][:2]:
+        images = [Path(image) for image in entry["images"]]
+        jobs[case] = (images, mask if mask.is_file() and organ != "volume" else None, organ)
+        stamps[case] = [VERSION, organ]
+        for path in (*images, jobs[case][1]):
             stamps[case] += [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path else [None]
     entries = {case: known[case] for case, stamp in stamps.items() if known.get(case, {}).get("stamp") == stamp}
     pending = [case for case in jobs if case not in entries]
@@ -181,15 +197,20 @@ def measure_dataset(
         if not isinstance(result, str)
     }
     if pending:
+        dataset.make_folder()
         write_json(cache, entries)
     raise_problems([result for result in measured.values() if isinstance(result, str)], "the scans")
     return {case: TypeAdapter(CaseGeometry).validate_python(entries[case]["geometry"]) for case in jobs}
 
 
-def _measure(job: tuple[Path, Path | None, str]) -> CaseGeometry | str:
+def _measure(job: tuple[list[Path], Path | None, str]) -> CaseGeometry | str:
     """The measures of a case, or the sentence that says why there are none: one broken file of many is no traceback."""
+    images, mask, organ = job
     try:
-        return measure_case(*job)
+        # Read by a reader that notices truncated files and NaN, which ITK's hides.
+        for image in images:
+            read_volume(image)
+        return measure_case(images[0], mask, organ)
     except UserError as error:
         return str(error)
 
@@ -227,7 +248,7 @@ def check_measures(dataset: Dataset, measures: Mapping[str, CaseGeometry], organ
     Raises:
         UserError: A CT is not in Hounsfield units; a case has no organ.
     """
-    if dataset.ct_channels:
+    if 0 in dataset.ct_channels:
         # Fat and water-filled organs are near 0 HU: a crop of them shows no air, but values below 0.
         limit = HIGHEST_AIR if organ == "lungs" else 0.0
         wrong = [case for case, measure in measures.items() if not measure.intensity[1] < limit]

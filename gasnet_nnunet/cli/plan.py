@@ -147,10 +147,13 @@ def _table(planned: Planned, preset: str) -> Table:
 
 
 def _cost(cost: Cost) -> str:
-    duration = f"{cost.hours:.1f} hours" if cost.hours >= 2 else f"{60 * cost.hours:.0f} minutes"
+    amount = f"{cost.hours / 24:.0f} days" if cost.hours > 72 else f"{cost.hours:.1f} hours"
+    duration = amount if cost.hours >= 2 else f"{60 * cost.hours:.0f} minutes"
+    advice = " Without a GPU, --preset small is meant for that." if cost.device == "cpu" and cost.hours > 24 else ""
     return escape(
-        f"Estimate: {duration} ({cost.seconds_per_iteration:.2g} s an iteration, measured on this machine's "
-        f"{cost.device}), {cost.memory_gb:.1f} GB of memory, {cost.disk_gb:.2g} GB of disk before compression."
+        f"Estimate: {duration} ({cost.seconds_per_iteration:.3g} s an iteration) on this machine's {cost.device} if "
+        f"nothing else runs, {cost.memory_gb:.1f} GB of memory for feature maps, {cost.disk_gb:.2g} GB of disk before "
+        f"compression.{advice}"
     )
 
 
