@@ -55,7 +55,7 @@ def test_formula_of_the_docs() -> None:
 
 
 def test_terms_that_are_off_cost_nothing() -> None:
-    off = {
+    off: dict[str, Any] = {
         f"weight_{name}": 0.0 for name in ("adversarial", "generated", "diseased", "reconstruction", "pseudo", "mil")
     }
 

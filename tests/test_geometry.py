@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gasnet_nnunet.geometry import Geometry, choose_geometry, covering_extent, nnunet_topology
+from gasnet_nnunet.geometry import Fits, Geometry, choose_geometry, covering_extent, nnunet_topology
 
 millimetres = st.floats(80.0, 450.0)
 boxes = st.lists(st.tuples(millimetres, millimetres, millimetres), min_size=1, max_size=60).map(np.array)
@@ -16,8 +16,8 @@ voxels = st.tuples(st.floats(0.5, 10.0), in_plane).map(lambda size: (size[0], si
 edges = st.integers(16, 256)
 
 
-def fits(limit: int) -> object:
-    return lambda spacing, patch: np.prod(patch) <= limit
+def fits(limit: int) -> Fits:
+    return lambda spacing, patch: bool(np.prod(patch) <= limit)
 
 
 @given(extents=boxes)
@@ -38,7 +38,6 @@ def test_covering_extent_leaves_out_few_giants() -> None:
     spacings=st.lists(voxels, min_size=1, max_size=20).map(np.array),
     patch=st.tuples(edges, edges, edges),
 )
-@settings(deadline=None)
 def test_given_patch_holds_nearly_every_box(
     extents: np.ndarray, spacings: np.ndarray, patch: tuple[int, int, int]
 ) -> None:
@@ -57,7 +56,6 @@ def test_given_patch_holds_nearly_every_box(
 
 
 @given(extents=boxes, spacings=st.lists(voxels, min_size=1, max_size=20).map(np.array), limit=st.integers(2**14, 2**22))
-@settings(deadline=None)
 def test_derived_patch_holds_the_boxes_and_fits_the_memory(
     extents: np.ndarray, spacings: np.ndarray, limit: int
 ) -> None:
@@ -69,7 +67,6 @@ def test_derived_patch_holds_the_boxes_and_fits_the_memory(
 
 
 @given(extents=boxes, spacings=st.lists(voxels, min_size=1, max_size=5).map(np.array), limit=st.integers(2**16, 2**22))
-@settings(deadline=None)
 def test_more_memory_never_coarsens(extents: np.ndarray, spacings: np.ndarray, limit: int) -> None:
     little = choose_geometry(extents, spacings, fits_memory=fits(limit))
     much = choose_geometry(extents, spacings, fits_memory=fits(8 * limit))
@@ -80,7 +77,6 @@ def test_more_memory_never_coarsens(extents: np.ndarray, spacings: np.ndarray, l
 @given(
     extents=boxes, spacings=st.lists(voxels, min_size=1, max_size=5).map(np.array), patch=st.tuples(edges, edges, edges)
 )
-@settings(deadline=None)
 def test_every_stage_divides_the_patch(extents: np.ndarray, spacings: np.ndarray, patch: tuple[int, int, int]) -> None:
     geometry = choose_geometry(extents, spacings, patch)
 
