@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.data_loader import DataLoader
+from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -149,7 +149,7 @@ class PairTransform:
         return moved, list((data["segmentation"] > 0).float().split(1))
 
 
-class PairLoader(DataLoader):
+class PairLoader(SlimDataLoaderBase):
     """Endless stream of (I_d, I_h, M_lung of I_h), laid over each other by their lung boxes.
 
     Where a patch holds the lungs, every item of a batch is another pair of patients. Where it does not, a batch is a
@@ -185,12 +185,11 @@ class PairLoader(DataLoader):
         jitter: float,
         with_diseased_mask: bool,
     ) -> None:
-        super().__init__(reader, batch_size, 1, None, True, False, True)
-        self.indices = list(diseased)
+        super().__init__(reader, batch_size)
         self.diseased = list(diseased)
         self.healthy = list(healthy)
         self.read_size = [int(n) for n in read_size]
-        self.patch_size_out = [int(n) for n in patch_size]
+        self.patch_size = [int(n) for n in patch_size]
         self.transform = transform
         self.bag = bag
         self.jitter = jitter
@@ -220,7 +219,7 @@ class PairLoader(DataLoader):
     def _pair(self, case_d: str, case_h: str, position: Sequence[float], shift: Sequence[float]) -> list[Tensor]:
         reader: VolumeReader = self._data
         start_d, start_h = (
-            patch_start(reader.masks.box(case), position, self.patch_size_out, self.read_size, shift)
+            patch_start(reader.masks.box(case), position, self.patch_size, self.read_size, shift)
             for case in (case_d, case_h)
         )
         images = [reader.image(case_d, start_d, self.read_size), reader.image(case_h, start_h, self.read_size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -437,6 +439,23 @@ def test_a_loader_can_be_sent_to_another_process(reader: VolumeReader) -> None:
     seed(10)
     found = next(copy)
     assert torch.equal(found["diseased"], expected["diseased"])
+
+
+def test_worker_processes_draw_for_themselves(reader: VolumeReader) -> None:
+    patch_size = (8, 12, 12)
+    stream = NonDetMultiThreadedAugmenter(
+        data_loader=loader(reader, patch_size, transforms=nnunets(patch_size), jitter=0.1),
+        transform=None,
+        num_processes=2,
+        num_cached=2,
+        seeds=[0, 1],
+    )
+    try:
+        batches = [next(stream)["diseased"] for _ in range(6)]
+    finally:
+        stream._finish()
+    assert all(batch.shape == (4, 3, *patch_size) for batch in batches)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(batches, 2))
 
 
 # Watching ------------------------------------------------------------------------------------------------------------
