@@ -408,6 +408,15 @@ class Planned:
         return covering_extent(np.array([measure.box_mm for measure in self.measures.values()]))
 
     @property
+    def decisive_cases(self) -> str:
+        """Which cases' boxes set that size along which axes, e.g. `case_3 (Z, X), case_8 (Y)`."""
+        axes: dict[str, list[str]] = {}
+        for axis, (name, size) in enumerate(zip("ZYX", self.covered_extent, strict=True)):
+            case = next(case for case, measure in self.measures.items() if measure.box_mm[axis] == size)
+            axes.setdefault(case, []).append(name)
+        return ", ".join(f"{case} ({', '.join(names)})" for case, names in axes.items())
+
+    @property
     def patch_mm(self) -> np.ndarray:
         """Patch size in mm, (3,)."""
         return np.array(self.geometry.patch_size) * np.array(self.geometry.spacing)

@@ -341,6 +341,16 @@ def test_one_patch_holds_the_true_lungs(planned_once: tuple[Path, Planned]) -> N
         assert np.all(extent <= result.patch_mm)
 
 
+def test_cases_that_set_the_size_are_named(planned_once: tuple[Path, Planned]) -> None:
+    result = planned_once[1]
+
+    for name, axis in zip("ZYX", range(3), strict=True):
+        largest = max(measure.box_mm[axis] for measure in result.measures.values())
+        named = re.search(rf"(\w) \([^)]*{name}", result.decisive_cases)
+        assert named
+        assert result.measures[named.group(1)].box_mm[axis] == largest
+
+
 def test_plans_hold_what_was_chosen(planned: Path, planned_once: tuple[Path, Planned]) -> None:
     plans = plans_of(planned)
     configuration = plans["configurations"]["3d_fullres"]

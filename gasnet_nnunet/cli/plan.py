@@ -54,6 +54,7 @@ def plan(
     with console.status("Loading nnU-Net"):
         from gasnet_nnunet.estimate import estimate_cost
         from gasnet_nnunet.planning import make_plans, resolve_choices, run_preprocessing
+        from gasnet_nnunet.settings import load_preset
 
     choices, settings = resolve_choices(preset, patch, features or [], set_ or [])
     processes = num_processes or min(MOST_PROCESSES, os.cpu_count() or 1)
@@ -68,6 +69,11 @@ def plan(
     )
     console.print(escape(planned.cohort.report()))
     console.print(_table(planned, preset))
+    deviations = load_preset(preset).deviations
+    if deviations:
+        console.print("Where this differs from the paper:")
+        for deviation in deviations:
+            console.print(f"  - {escape(deviation)}")
     with console.status("Timing the networks"):
         cost = estimate_cost(
             planned.configuration,
@@ -111,8 +117,8 @@ def _table(planned: Planned, preset: str) -> Table:
     row(
         "spacing (mm)",
         _times(geometry.spacing, ".3g"),
-        f"{organ} of {_times(extent, '.0f')} mm in a patch of {_times(planned.patch_mm, '.0f')} mm;",
-        f"median of the data {_times(planned.median_spacing, '.3g')} mm.",
+        f"{organ} of {_times(extent, '.0f')} mm, as in {planned.decisive_cases}, in a patch of",
+        f"{_times(planned.patch_mm, '.0f')} mm; median of the data {_times(planned.median_spacing, '.3g')} mm.",
     )
     held = len(planned.measures) - len(planned.cut_off)
     cut = [f"{case} ({_times(planned.measures[case].box_mm, '.0f')} mm)" for case in planned.cut_off]
