@@ -12,7 +12,7 @@ from gasnet_nnunet import __version__
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python code that ends in `main()`, with the command line's arguments."""
     command = [sys.executable, "-c", f"{code}\nfrom gasnet_nnunet.cli import app, main\nmain()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
 
 
 def run_command(body: str) -> subprocess.CompletedProcess[str]:

@@ -23,7 +23,7 @@ def run_doctor(**variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     command = [str(Path(sysconfig.get_path("scripts")) / "gasnet-nnunet"), "doctor"]
     variables = {**kept, "PATH": path, "COLUMNS": "300", **variables}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=variables, capture_output=True, encoding="utf-8", check=False)
 
 
 def test_good_state_ends_with_status_zero(nnunet_folders: Path) -> None:

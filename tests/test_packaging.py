@@ -153,7 +153,9 @@ class Environment:
         kept = {name: os.environ[name] for name in ("HOME", "PATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
         variables = {**kept, "PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", **variables}
         command = [str(self.folder / "bin" / "python"), *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=self.folder, check=False)
+        ended = subprocess.run(
+            command, capture_output=True, encoding="utf-8", env=variables, cwd=self.folder, check=False
+        )
         assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
         return ended.stdout
 

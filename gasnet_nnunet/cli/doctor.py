@@ -83,7 +83,8 @@ def probe() -> dict[str, dict[str, Any]]:
     Returns:
         What was found under `device` and `trainer`; either holds nothing but `error` where that failed.
     """
-    ended = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PROBE]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     died = {"error": f"the look-up ended with status {ended.returncode}: {ended.stderr.strip()[-500:]}"}
     answers: dict[str, dict[str, Any]] = {"device": died, "trainer": died}
     for line in ended.stdout.splitlines():
