@@ -45,9 +45,10 @@ def write_checkpoint(path: Path, save: Callable[[str], None], extra: Mapping[str
         os.replace(temporary, path)
     # A full disk is an OSError or, from torch's own writer, a RuntimeError.
     except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())  # torch's own writer puts it over two lines
         kept = "The one from before is untouched; go on with --c" if path.exists() else "Start again"
         raise UserError(
-            f"The checkpoint {path} could not be written: {error}. {kept} once that disk has room and takes files."
+            f"The checkpoint {path} could not be written: {reason}. {kept} once that disk has room and takes files."
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
