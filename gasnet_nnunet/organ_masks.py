@@ -23,8 +23,9 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.intensity import normalised_to_hu
 from gasnet_nnunet.lungs import Box, Mask, bounding_box, segment_organ
 from gasnet_nnunet.parallel import run_jobs
+from gasnet_nnunet.volumes import NIFTI_ENDINGS, read_nifti_values, volume_name
 
-VERSION = 1
+VERSION = 2
 """Part of every stamp: raise it when `lungs.py` finds other lungs than before."""
 
 LISTED_CASES = 8
@@ -70,6 +71,7 @@ class _Job:
     target: Path
     data_folder: Path
     user_mask: Path | None
+    raw_image: Path | None
     organ: str
     plans: dict[str, Any]
     configuration: str
@@ -95,8 +97,9 @@ def ensure_organ_masks(
         configuration: Name of the configuration.
         cases: Cases to have masks of.
         organ: "lungs", "body" or "volume".
-        raw_folder: The dataset's folder in nnUNet_raw, whose `lungsTr/<case><file_ending>` wins over computed masks;
-            `None` where it is not at hand.
+        raw_folder: The dataset's folder in nnUNet_raw. Its `lungsTr/<case><file_ending>` wins over computed masks, and
+            these are computed on its CTs; `None` where it is not at hand: they are then computed on the preprocessed
+            data, whose voxels may be coarse.
         num_processes: Cases worked on at a time.
         progress: Show a progress bar.
 
@@ -129,7 +132,8 @@ def ensure_organ_masks(
             known[case] = entry
         else:
             target = folder / f"{case}.b2nd"
-            jobs.append(_Job(case, target, data_folder, user_mask, organ, plans, configuration, stamp))
+            raw_image = _raw_image(raw_folder, case)
+            jobs.append(_Job(case, target, data_folder, user_mask, raw_image, organ, plans, configuration, stamp))
     made = run_jobs(_make, jobs, num_processes=num_processes, description=f"Finding the {organ}" if progress else None)
     problems = [result for result in made if isinstance(result, str)]
     if problems:
@@ -152,17 +156,21 @@ def _make(job: _Job) -> dict[str, Any] | str:
     dataset = infer_dataset_class(str(job.data_folder))(str(job.data_folder), [job.case])
     data, _, _, properties = dataset.load_case(job.case)
     manager = PlansManager(job.plans)
-    if job.user_mask is None:
-        ct = normalised_to_hu(np.asarray(data[:1])[0], job.plans)
-        # Lungs are looked for in axial slices; the plans may have turned the axes.
-        spacing = np.asarray(manager.get_configuration(job.configuration).spacing)[manager.transpose_backward]
-        found = segment_organ(ct.transpose(manager.transpose_backward), spacing.tolist(), job.organ)
-        mask = found.transpose(manager.transpose_forward)
-    else:
-        try:
-            mask = _resampled(job.user_mask, properties, data.shape[1:], manager, job.configuration)
-        except UserError as problem:
-            return str(problem)
+    try:
+        if job.user_mask is not None:
+            mask = _resampled_user_mask(job.user_mask, properties, data.shape[1:], manager, job.configuration)
+        elif job.raw_image is not None:
+            image, found = manager.image_reader_writer_class().read_images([str(job.raw_image)])
+            organ = segment_organ(image[0], found["spacing"], job.organ)
+            mask = _resampled(organ, properties, data.shape[1:], manager, job.configuration)
+        else:
+            ct = normalised_to_hu(np.asarray(data[:1])[0], job.plans)
+            # Lungs are looked for in axial slices; the plans may have turned the axes.
+            spacing = np.asarray(manager.get_configuration(job.configuration).spacing)[manager.transpose_backward]
+            organ = segment_organ(ct.transpose(manager.transpose_backward), spacing.tolist(), job.organ)
+            mask = organ.transpose(manager.transpose_forward)
+    except UserError as problem:
+        return str(problem)
     box = bounding_box(mask)
     entry = {"stamp": job.stamp, "box": box}
     temporary = job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp.b2nd")
@@ -177,18 +185,29 @@ def _make(job: _Job) -> dict[str, Any] | str:
     return entry
 
 
-def _resampled(
+def _resampled_user_mask(
     path: Path, properties: Mapping[str, Any], shape: Sequence[int], manager: PlansManager, configuration: str
 ) -> NDArray[np.uint8]:
-    """A mask of the user's in the grid of the preprocessed case, the way nnU-Net puts a segmentation there."""
+    """A mask of the user's in the grid of the preprocessed case."""
+    if path.name.endswith(NIFTI_ENDINGS):
+        read_nifti_values(path)  # nnU-Net's reader fills what a truncated file lacks with zeros
     seg, found = manager.image_reader_writer_class().read_seg(str(path))
-    seg = (seg > 0).astype(np.int8).transpose([0, *(axis + 1 for axis in manager.transpose_forward)])
-    expected = tuple(int(n) for n in properties["shape_before_cropping"])
+    expected = tuple(int(properties["shape_before_cropping"][axis]) for axis in manager.transpose_backward)
     if seg.shape[1:] != expected or not np.allclose(found["spacing"], properties["spacing"], rtol=1e-3):
         raise UserError(
             f"{path} has shape {seg.shape[1:]} and spacing {_short(found['spacing'])}, but its CT has {expected} and "
-            f"{_short(properties['spacing'])}. Make the mask on the CT's own grid."
+            f"{_short(properties['spacing'])} (Z, Y, X). Make the mask on the CT's own grid."
         )
+    if not (seg > 0).any():
+        raise UserError(f"{path} marks no voxel. Mark the organ in it or take the file away.")
+    return _resampled(seg[0] > 0, properties, shape, manager, configuration)
+
+
+def _resampled(
+    mask: Mask, properties: Mapping[str, Any], shape: Sequence[int], manager: PlansManager, configuration: str
+) -> NDArray[np.uint8]:
+    """A mask on the CT's own grid in that of the preprocessed case, the way nnU-Net puts a segmentation there."""
+    seg = mask[None].astype(np.int8).transpose([0, *(axis + 1 for axis in manager.transpose_forward)])
     crop = (slice(None), *(slice(start, stop) for start, stop in properties["bbox_used_for_cropping"]))
     old_spacing = [properties["spacing"][axis] for axis in manager.transpose_forward]
     settings = manager.get_configuration(configuration)
@@ -196,12 +215,18 @@ def _resampled(
     return np.asarray(resampled)[0].astype(np.uint8)
 
 
+def _raw_image(raw_folder: Path | None, case: str) -> Path | None:
+    """The first channel of a case in nnUNet_raw, if it is there."""
+    found = [] if raw_folder is None else sorted((raw_folder / "imagesTr").glob(f"{case}_0000.*"))
+    return found[0] if found else None
+
+
 def _user_masks(raw_folder: Path | None) -> dict[str, Path]:
     """The user's masks by case, whatever they end in."""
     folder = None if raw_folder is None else raw_folder / "lungsTr"
     if folder is None or not folder.is_dir():
         return {}
-    return {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+    return {volume_name(path): path for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
 
 
 def _read_entry(path: Path) -> dict[str, Any] | None:
