@@ -88,6 +88,11 @@ def test_the_best_epoch_has_nnunets_highest_moving_average(scores: list[float]) 
     assert is_best[0]
 
 
+def test_an_epoch_that_is_no_better_is_not_the_best() -> None:
+    best = BestEpoch()
+    assert [best.update(0.0) for _ in range(3)] == [True, False, False]
+
+
 def test_it_goes_on_from_a_checkpoint() -> None:
     whole, resumed = BestEpoch(), BestEpoch()
     scores = [0.2, 0.6, 0.5, 0.1, 0.9, 0.8]
