@@ -25,6 +25,11 @@ Kind = Literal["labelled", "diseased", "healthy"]
 FIELD_OF_VIEW = (200.0, 336.0, 336.0)
 """Size in mm (Z, Y, X) that holds the chest: choose `size` times `spacing` near it."""
 
+DENSITIES = ((0.0, 0.35), (0.0, 1.0), (0.75, 1.0))
+"""Lesion densities of a diseased patient, from ground glass (0, +300 HU) to consolidation (1, +900 HU)."""
+SHARES = (0.5, 0.3, 0.2)
+"""How often each occurs."""
+
 
 @dataclass(frozen=True)
 class Phantom:
@@ -284,20 +289,18 @@ def _add_lesions(
     shape = 0.25 * noise.draw(12) + 0.1 * noise.draw(5)
     texture = 0.7 * noise.draw(10) + 0.7 * noise.draw(4)
     mask = np.zeros(lung.shape, dtype=bool)
+    # Some patients show ground glass alone, some consolidation alone: to recognise the disease is to know both.
+    thinnest, densest = (0.75, 1.0) if consolidated_only else DENSITIES[rng.choice(len(DENSITIES), p=SHARES)]
     for centre in centres:
         middle = [axis[index] for axis, index in zip(noise.axes, centre, strict=True)]
-        radii = rng.uniform(10, 26) * rng.uniform(0.75, 1.3, size=3)
+        radii = rng.uniform(14, 32) * rng.uniform(0.75, 1.3, size=3)
         distance = np.sqrt(
             sum(((axis - at) / radius) ** 2 for axis, at, radius in zip(coordinates, middle, radii, strict=True))
         )
-        consolidated = consolidated_only or rng.random() < 0.3
-        softness = rng.uniform(0.03, 0.06) if consolidated else rng.uniform(0.08, 0.16)
-        profile = expit((1 - distance - shape) / softness) * lung
-        if consolidated:
-            ct += profile * np.minimum(rng.uniform(0, 50) + 30 * texture - ct, 1000)
-        else:
-            # Vessels stay visible through ground glass, which is what tells it from consolidation.
-            opacity = profile * rng.uniform(300, 500) * (1 + 0.15 * texture)
-            np.copyto(ct, np.maximum(ct, np.minimum(ct + opacity, -50)))
+        density = rng.uniform(thinnest, densest)
+        profile = expit((1 - distance - shape) / (0.14 - 0.1 * density)) * lung
+        opacity = profile * (300 + 600 * density) * (1 + 0.15 * texture)
+        # Vessels stay visible through ground glass, which is what tells it from consolidation.
+        np.copyto(ct, np.maximum(ct, np.minimum(ct + opacity, 20 + 60 * density + 20 * texture)))
         mask |= profile > 0.5
     return mask
