@@ -127,10 +127,10 @@ def test_gas_in_the_stomach_is_no_lung(standard: Chest) -> None:
 
 def test_consolidation_at_the_pleura_and_nodules_are_part_of_the_lungs(standard: Chest) -> None:
     z, y, x = (np.indices(standard.ct.shape).T * SPACING).T
-    consolidation = standard.lungs & ((z - 156) ** 2 + (y - 186) ** 2 + (x - 245) ** 2 < 18**2)
+    consolidation = standard.lungs & ((z - 156) ** 2 + (y - 186) ** 2 + (x - 245) ** 2 < 15**2)
     nodule = standard.lungs & ((z - 156) ** 2 + (y - 120) ** 2 + (x - 105) ** 2 < 9**2)
     assert (consolidation & ndimage.binary_dilation(~standard.lungs)).any()
-    assert consolidation.sum() > 150
+    assert consolidation.sum() > 120
     assert nodule.sum() > 20
     found = segment_lungs(np.where(consolidation | nodule, np.float32(30), standard.ct), standard.spacing)
     assert found[consolidation].mean() > 0.6
