@@ -90,6 +90,14 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "fold_0" / "checkpoint_best.pth", save(), {})
 
 
+def test_a_folder_in_the_place_of_the_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint_best.pth"
+    path.mkdir()
+    with pytest.raises(UserError, match=f"{path} could not be written"):
+        write_checkpoint(path, save(), {})
+    assert names(tmp_path) == ["checkpoint_best.pth"]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
