@@ -61,7 +61,7 @@ FULL = DemoSize(
     spacing=(6.25, 4.0, 4.0),
     patch=(24, 64, 64),
     features=8,
-    settings={"num_epochs": 15, "iterations_per_epoch": 20},
+    settings={"num_epochs": 20, "iterations_per_epoch": 15, "discriminator_steps": 1, "gallery_every_epochs": 10},
 )
 QUICK = DemoSize(
     patients={"labelled": 1, "diseased": 8, "healthy": 8, "test_diseased": 4, "test_healthy": 2},
@@ -69,7 +69,7 @@ QUICK = DemoSize(
     spacing=(7.7, 5.0, 5.0),
     patch=(16, 48, 48),
     features=8,
-    settings={"num_epochs": 10, "iterations_per_epoch": 15},
+    settings={"num_epochs": 20, "iterations_per_epoch": 10, "discriminator_steps": 1, "gallery_every_epochs": 10},
 )
 
 
