@@ -314,6 +314,8 @@ class GASNetTrainer(nnUNetTrainer):
             transform=None,
             num_processes=workers,
             num_cached=max(3, workers),
+            # Without seeds of their own all forked workers draw alike from torch's generator.
+            seeds=np.random.randint(2**31, size=workers).tolist(),
             pin_memory=self.device.type == "cuda",
             wait_time=0.002,
         )
