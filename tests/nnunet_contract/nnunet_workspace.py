@@ -45,7 +45,7 @@ class Workspace:
         return self.results / DATASET / MODEL
 
     def environment(self) -> dict[str, str]:
-        """Few processes and one thread each, though `-device cpu` asks for all cores; nothing of the caller's nnU-Net."""
+        """Few processes of one thread each, and nothing of the caller's nnU-Net."""
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")},
             "nnUNet_raw": str(self.root / "raw"),

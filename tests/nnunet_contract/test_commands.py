@@ -18,6 +18,9 @@ import tiny_dataset
 import torch
 from nnunet_workspace import DATASET, MODEL, Workspace
 
+pytestmark = pytest.mark.slow
+
+
 UNSEEN = ("diseased_7", "healthy_7")
 
 
@@ -196,8 +199,6 @@ def test_stock_nnunet_predicts_the_same_with_a_renamed_checkpoint(
 import sys
 sys.modules["gasnet_nnunet"] = None  # every import of it fails
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point
-
-pytestmark = pytest.mark.slow
 predict_entry_point()
 """
     folders = ("-i", trained.raw / "imagesTs", "-o", tmp_path / "out", "-d", 501, "-c", "3d_fullres", "-f", 0)

@@ -18,11 +18,12 @@ import pytest
 import torch
 from nnunet_workspace import DATASET, Workspace, kill_group
 
+pytestmark = pytest.mark.slow
+
+
 MINE = """
 import torch
 from gasnet_nnunet.trainers import GASNetTrainer
-
-pytestmark = pytest.mark.slow
 
 class MyGASNetTrainer(GASNetTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):

@@ -14,6 +14,9 @@ from nnunet_workspace import Workspace
 Snapshot = Callable[[Path], dict[str, tuple[int, int]]]
 
 
+pytestmark = pytest.mark.slow
+
+
 def refusal(workspace: Workspace, configuration: str, fold: object, *arguments: object) -> str:
     """The sentence that nnUNetv2_train ends with; a SystemExit with a text has status 1."""
     names = ("-tr", "GASNetTrainer", "-device", "cpu")
@@ -58,8 +61,6 @@ def test_fold_that_the_split_does_not_have(trained: Workspace, tmp_path: Path) -
         ({"train": ["labelled_0"], "val": ["nobody"]}, "'val' names nobody, which the dataset does not have"),
     ],
 )
-
-pytestmark = pytest.mark.slow
 def test_split_of_the_users_that_cannot_be_trained(
     split: dict[str, Any], message: str, trained: Workspace, restored_split: Path, tmp_path: Path
 ) -> None:
