@@ -25,10 +25,12 @@ Kind = Literal["labelled", "diseased", "healthy"]
 FIELD_OF_VIEW = (200.0, 336.0, 336.0)
 """Size in mm (Z, Y, X) that holds the chest: choose `size` times `spacing` near it."""
 
-DENSITIES = ((0.0, 0.35), (0.0, 1.0), (0.75, 1.0))
-"""Lesion densities of a diseased patient, from ground glass (0, +300 HU) to consolidation (1, +900 HU)."""
-SHARES = (0.5, 0.3, 0.2)
-"""How often each occurs."""
+DENSITIES: dict[str, tuple[tuple[float, float], ...]] = {
+    "labelled": ((0.3, 0.6),),
+    "diseased": ((0.0, 0.4), (0.6, 1.0), (0.0, 1.0)),
+    "healthy": (),
+}
+"""Ranges of lesion density that a patient may have, from ground glass (0, +300 HU) to consolidation (1, +900 HU)."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def make_phantom(
 
     Args:
         rng: Source of everything that differs between patients.
-        kind: "diseased" patients have 1 to 8 lesions, ground glass or consolidated; "labelled" ones have consolidated
-            lesions only, so that one mask does not show all that is to be found; "healthy" ones have none.
+        kind: "diseased" patients have 2 to 8 lesions, from faint ground glass to consolidation; those of "labelled"
+            ones are all of middling density, so that one mask does not show all that is to be found; "healthy"
+            patients have none.
         size: Voxels (Z, Y, X).
         spacing: Voxel size in mm (Z, Y, X).
 
@@ -71,15 +74,15 @@ def make_phantom(
         >>> patient.ct.shape, bool(patient.lesion.any())
         ((20, 56, 56), True)
     """
-    if kind not in ("labelled", "diseased", "healthy"):
+    if kind not in DENSITIES:
         raise ValueError(f"A phantom is labelled, diseased or healthy, not {kind!r}")
     noise = _NoiseSource(rng, size, spacing)
     ct, lung, coordinates = _draw_anatomy(rng, noise)
     vessels = _draw_vessels(rng, size, spacing) * lung
     ct += vessels * (45 - ct)
     lesion = np.zeros(size, dtype=bool)
-    if kind != "healthy":
-        lesion = _add_lesions(rng, noise, ct, lung, coordinates, consolidated_only=kind == "labelled")
+    if DENSITIES[kind]:
+        lesion = _add_lesions(rng, noise, ct, lung, coordinates, DENSITIES[kind])
 
     in_plane = (0.0, 0.6, 0.6)
     ct = ndimage.gaussian_filter(ct, in_plane)
@@ -276,21 +279,20 @@ def _add_lesions(
     ct: Array,
     lung: NDArray[np.bool_],
     coordinates: Sequence[Array],
-    *,
-    consolidated_only: bool,
+    densities: Sequence[tuple[float, float]],
 ) -> NDArray[np.bool_]:
     """Draw lesions into `ct` (in place) and return their mask."""
     step = [float(axis[1] - axis[0]) for axis in noise.axes]
     depth = ndimage.distance_transform_edt(lung, sampling=step)[lung]
     # COVID-19 prefers the periphery and the back of the lungs.
     weight = np.exp(-depth / 10) * (1.5 + coordinates[1][lung] / 80)
-    number = rng.integers(3 if consolidated_only else 1, 9)
+    number = rng.integers(2, 9)
     centres = np.argwhere(lung)[rng.choice(len(weight), size=number, p=weight / weight.sum())]
     shape = 0.25 * noise.draw(12) + 0.1 * noise.draw(5)
     texture = 0.7 * noise.draw(10) + 0.7 * noise.draw(4)
     mask = np.zeros(lung.shape, dtype=bool)
     # Some patients show ground glass alone, some consolidation alone: to recognise the disease is to know both.
-    thinnest, densest = (0.75, 1.0) if consolidated_only else DENSITIES[rng.choice(len(DENSITIES), p=SHARES)]
+    thinnest, densest = densities[rng.integers(len(densities))]
     for centre in centres:
         middle = [axis[index] for axis, index in zip(noise.axes, centre, strict=True)]
         radii = rng.uniform(14, 32) * rng.uniform(0.75, 1.3, size=3)
