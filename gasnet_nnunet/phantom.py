@@ -292,7 +292,7 @@ def _add_lesions(
     texture = 0.7 * noise.draw(10) + 0.7 * noise.draw(4)
     mask = np.zeros(lung.shape, dtype=bool)
     # Some patients show ground glass alone, some consolidation alone: to recognise the disease is to know both.
-    thinnest, densest = densities[rng.integers(len(densities))]
+    thinnest, densest = densities[int(rng.integers(len(densities)))]
     for centre in centres:
         middle = [axis[index] for axis, index in zip(noise.axes, centre, strict=True)]
         radii = rng.uniform(14, 32) * rng.uniform(0.75, 1.3, size=3)
