@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, the user's quota, or a limit on the size of files."""
+FILES_REFUSED = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+"""What a file system answers where the user, not the code, can do something about it."""
+
 
 class UserError(Exception):
     """Something the user can mend: a broken file, a misspelt setting, a missing case.

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+STARTING_SECONDS = 5.0
+"""What it takes to start processes, each of which imports SimpleITK, scipy and perhaps torch."""
+TIMED_JOBS = 2
+"""Jobs after which the rest is estimated; the first one may have to import something."""
 
 
 def run_jobs(
@@ -16,27 +22,37 @@ def run_jobs(
 ) -> list[Result]:
     """Call a function for each job.
 
+    This process does the first jobs, and all of them where the others would be done before processes have started.
+
     Args:
         function: A function at the top of a module, so that another process can import it.
         jobs: Its arguments.
-        num_processes: Processes at work; with few jobs for each, this process does them all.
+        num_processes: Processes at work.
         description: Title of the progress bar; none is shown where it is `None` or there is nothing to do.
 
     Returns:
         The results in the order of the jobs.
     """
+    results = _results(function, jobs, num_processes)
+    if description is None or not jobs:
+        return list(results)
+    from rich.progress import track
 
-    def shown(results: Iterable[Result]) -> list[Result]:
-        if description is None or not jobs:
-            return list(results)
-        from rich.progress import track
+    return list(track(results, description, total=len(jobs)))
 
-        return list(track(results, description, total=len(jobs)))
 
-    # Starting a process takes as long as reading several volumes.
-    if num_processes <= 1 or len(jobs) <= 4 * num_processes:
-        return shown(map(function, jobs))
+def _results(function: Callable[[Job], Result], jobs: Sequence[Job], num_processes: int) -> Iterator[Result]:
+    seconds = 0.0
+    for job in jobs[:TIMED_JOBS]:
+        start = time.monotonic()
+        result = function(job)
+        seconds = time.monotonic() - start
+        yield result
+    rest = jobs[TIMED_JOBS:]
+    if num_processes <= 1 or seconds * len(rest) <= STARTING_SECONDS:
+        yield from map(function, rest)
+        return
     # Spawn, because a fork of a process that has used CUDA or threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as executor:
-        return shown(executor.map(function, jobs))
+    with ProcessPoolExecutor(min(num_processes, len(rest)), mp_context=context) as executor:
+        yield from executor.map(function, rest)

@@ -32,6 +32,7 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
 from gasnet_nnunet.geometry import Geometry, Patch, Topology, choose_geometry, covering_extent, nnunet_topology
 from gasnet_nnunet.lungs import CaseGeometry
+from gasnet_nnunet.organ_masks import ensure_organ_masks
 from gasnet_nnunet.raw_dataset import Dataset, check_grids, check_measures, find_dataset, measure_dataset, read_json
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings, load_preset, parse_assignments
 from gasnet_nnunet.splits import check_splits, make_splits, read_fold, write_splits
@@ -548,6 +549,24 @@ def run_preprocessing(planned: Planned, *, num_processes: int = 1) -> bool:
     basis = _preprocessing_basis(planned.plans, planned.dataset.dataset_json)
     write_json(_record(planned), {**_read_record(planned), planned.data_folder.name: basis})
     return True
+
+
+def prepare_organ_masks(planned: Planned, *, num_processes: int = 1, progress: bool = False) -> None:
+    """Make the masks of the lungs (or of what takes their place) beside the preprocessed cases.
+
+    A training would make them as well, but it may run where nnUNet_raw is not at hand, and thin walls of the chest are
+    lost in the coarse grid of whole-lung patches.
+    """
+    ensure_organ_masks(
+        planned.dataset.preprocessed,
+        planned.plans,
+        CONFIGURATION,
+        sorted(planned.measures),
+        organ=planned.settings.organ,
+        raw_folder=planned.dataset.raw,
+        num_processes=num_processes,
+        progress=progress,
+    )
 
 
 def preprocessing_is_current(planned: Planned) -> bool:

@@ -90,8 +90,10 @@ class TrainingCurves:
         rows = self.read()
         # nnU-Net calls seaborn.set(), so the look is set here instead of being what happens to be configured.
         with matplotlib.style.context("default"):
-            figure = Figure(figsize=(16, 13), layout="constrained")
-            axes = figure.subplots(3, 2)
+            figure = Figure(figsize=(16, 13))
+            # Fixed margins: matplotlib's layout engine would take longer than a short epoch.
+            margins = {"left": 0.05, "right": 0.985, "bottom": 0.04, "top": 0.97, "wspace": 0.12, "hspace": 0.27}
+            axes = figure.subplots(3, 2, gridspec_kw=margins)
             supervised = dict(zip(("L_lab", "L_hea", "L_MIL", "L_ps"), OTHER_COLOURS, strict=True))
             _draw(axes[0, 0], rows, supervised, "Losses of S")
             labels = {"L_adv": "L_adv (S + G)", "L_IgToD": "L_IgToD (G)", "L_recons": "L_recons (G)"}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
@@ -126,11 +126,19 @@ class PairTransform:
     Args:
         transforms: What `nnUNetTrainer.get_training_transforms` returns.
         low: As in `VolumeReader`.
+
+    Attributes:
+        left_out: Names of transforms that neither move a patch nor change its intensities alone; pairs do without them.
     """
 
     def __init__(self, transforms: ComposeTransforms, low: Tensor) -> None:
         self.geometry: list[BasicTransform] = [t for t in transforms.transforms if isinstance(t, GEOMETRY)]
         self.intensity: list[BasicTransform] = [t for t in transforms.transforms if _changes_image_only(t)]
+        self.left_out = [
+            type(t).__name__
+            for t in transforms.transforms
+            if not (isinstance(t, (*GEOMETRY, SegOnlyTransform)) or _changes_image_only(t))
+        ]
         self.low = low
 
     def __call__(self, images: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

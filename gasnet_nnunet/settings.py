@@ -154,6 +154,9 @@ class GASNetSettings:
     window: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
+        of_s = ("weight_labelled", "weight_healthy", "weight_mil", "weight_pseudo", "weight_adversarial")
+        if not any(getattr(self, name) for name in of_s):
+            raise ValueError(f"nothing trains S: {', '.join(of_s)} are all 0, and one of them has to be above")
         if self.patches == "bag" and self.bag_size < 4:
             raise ValueError(f"bag_size is {self.bag_size}, but a bag needs at least 4 patches to cover the lungs")
         if self.mirror_axes is not None and len(set(self.mirror_axes)) != len(self.mirror_axes):

@@ -7,7 +7,6 @@ as nnU-Net planned it and nothing else, so that prediction needs nothing of ours
 from __future__ import annotations
 
 import copy
-import errno
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from torch import distributed as dist
 from gasnet_nnunet.adversary import Adversary, needs_generator
 from gasnet_nnunet.checkpoints import read_checkpoint, remove_leftovers, write_checkpoint
 from gasnet_nnunet.cohort import Cohort, read_cohort
-from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.errors import DISK_FULL, UserError
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
 from gasnet_nnunet.networks import Topology
 from gasnet_nnunet.organ_masks import OrganMasks, ensure_organ_masks
@@ -61,9 +60,6 @@ ATTRIBUTES = {
     "weight_decay": "weight_decay_s",
 }
 """nnU-Net's attribute for a setting of ours."""
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space, the user's quota, or a limit on the size of files."""
 
 
 class GASNetTrainer(nnUNetTrainer):
@@ -127,6 +123,12 @@ class GASNetTrainer(nnUNetTrainer):
             )
         entry = manager.configuration.get(PLANS_KEY, {})
         settings = GASNetSettings.from_dict(entry, source=f"configurations.{configuration}.{PLANS_KEY} of {name}")
+        channels = len(manager.normalization_schemes)
+        if settings.window is not None and len(settings.window) != channels:
+            raise UserError(
+                f"The setting window in {name} has bounds for {len(settings.window)} channels, but the data have "
+                f"{channels}. Give each channel its lower and upper end, or null."
+            )
         changes: dict[str, Any] = {}
         if settings.patches == "auto":
             changes["patches"] = "bag"
@@ -281,6 +283,9 @@ class GASNetTrainer(nnUNetTrainer):
         if self._needs_pairs():
             assert self._reader is not None
             bag = settings.patches == "bag"
+            transform = PairTransform(transforms, self._reader.low)
+            if transform.left_out:
+                self.print_to_log_file(f"Not applied to diseased and healthy patches: {', '.join(transform.left_out)}.")
             pairs = PairLoader(
                 self._reader,
                 self._diseased_cases(),
@@ -288,7 +293,7 @@ class GASNetTrainer(nnUNetTrainer):
                 batch_size=settings.bag_size if bag else settings.volumes_per_step or self.batch_size,
                 read_size=read_size,
                 patch_size=self.configuration_manager.patch_size,
-                transform=PairTransform(transforms, self._reader.low),
+                transform=transform,
                 bag=bag,
                 jitter=settings.centre_jitter,
                 with_diseased_mask=settings.restore_within_organ,

@@ -27,6 +27,13 @@ def test_users_mistake_ends_in_one_message() -> None:
     assert ended.stdout == ""
 
 
+def test_full_disk_ends_in_one_message() -> None:
+    ended = run_command("import errno; raise OSError(errno.ENOSPC, 'No space left on device', '/data/plans.json')")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: /data/plans.json cannot be read or written: No space left on device. ")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_interruption_ends_in_one_line() -> None:
     ended = run_command(f"import os; os.kill(os.getpid(), {int(signal.SIGINT)})")
     assert ended.returncode == 130

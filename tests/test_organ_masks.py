@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from gasnet_nnunet.cohort import Kind
@@ -179,3 +180,55 @@ def test_lungs_in_images_that_are_no_ct_are_refused(dataset: Any) -> None:
     raw, preprocessed, _, _ = dataset
     with pytest.raises(UserError, match="organ=volume"):
         ensure(raw, preprocessed, plans_of([0, 1, 2], "ZScoreNormalization"))
+
+
+def test_lungs_are_found_in_the_preprocessed_data_where_the_raw_ones_are_not_at_hand(dataset: Any) -> None:
+    _, preprocessed, plans, true = dataset
+    found = ensure(None, preprocessed, plans).load("a")
+    assert dice(found, in_grid_of(found, true, plans["transpose_forward"])) > 0.85
+
+
+def test_the_body_takes_the_place_of_the_lungs(dataset: Any) -> None:
+    raw, preprocessed, plans, true = dataset
+    found = ensure(raw, preprocessed, plans, organ="body").load("a")
+    lungs = in_grid_of(found, true, plans["transpose_forward"])
+    assert found[lungs].mean() > 0.99
+    assert 2 * lungs.sum() < found.sum() < 0.8 * found.size
+
+
+def test_cases_in_nnunets_older_format_with_dots_in_their_names(dataset: Any) -> None:
+    raw, preprocessed, plans, true = dataset
+    folder = preprocessed / "TestPlans_3d_fullres"
+    data, seg, _, properties = infer_dataset_class(str(folder))(str(folder)).load_case("a")
+    for case in ("p.1", "p.2"):
+        nnUNetDatasetNumpy.save_case(data[:], seg[:], properties, str(folder / case))
+    for path in folder.glob("a*"):
+        path.unlink()
+    half = true.copy()
+    half[:, :, : half.shape[2] // 2] = 0
+    write(raw / "lungsTr" / "p.2.nii.gz", half)
+    masks = ensure_organ_masks(
+        preprocessed,
+        plans,
+        "3d_fullres",
+        ["p.1", "p.2"],
+        organ="lungs",
+        raw_folder=raw,
+        num_processes=1,
+        progress=False,
+    )
+    for case, expected in (("p.1", true), ("p.2", half)):
+        found = masks.load(case)
+        assert dice(found, in_grid_of(found, expected, plans["transpose_forward"])) > 0.85
+
+
+@pytest.mark.parametrize(("fault", "message"), [("empty", "marks no voxel"), ("truncated", "damaged or incomplete")])
+def test_a_users_mask_that_is_empty_or_damaged_is_refused(dataset: Any, fault: str, message: str) -> None:
+    raw, preprocessed, plans, true = dataset
+    noise = np.random.default_rng(0).integers(0, 200, true.shape, dtype=np.uint8)
+    path = raw / "lungsTr" / "a.nii.gz"
+    write(path, np.zeros_like(true) if fault == "empty" else noise)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"lungsTr/a\.nii\.gz .*{message}"):
+        ensure(raw, preprocessed, plans)

@@ -27,6 +27,7 @@ from gasnet_nnunet.planning import (
     check_plans_name,
     fingerprint_is_current,
     make_plans,
+    prepare_organ_masks,
     preprocessing_is_current,
     resolve_choices,
     run_preprocessing,
@@ -103,6 +104,7 @@ def planned_once(template: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         use(folder, patch)
         planned = make_plans("801", SMALL, SETTINGS)
         assert run_preprocessing(planned)
+        prepare_organ_masks(planned)
     return folder, planned
 
 
@@ -410,6 +412,17 @@ def test_preprocessed_data_lie_in_the_window_and_hold_the_lungs(planned: Path) -
     assert data.min() > -0.2
     assert data.max() < 2.2
     assert data.shape[1:] == tuple(np.round(np.array(SIZE) * SPACING / spacing).astype(int))
+
+
+def test_masks_of_the_lungs_are_made_for_every_case(planned: Path) -> None:
+    folder = planned / "preprocessed" / NAME
+    masks = folder / "gasnet_organ_masks" / "GASNetPlans_3d_fullres" / "lungs"
+    assert sorted(path.stem for path in masks.iterdir()) == sorted(KINDS)
+    data = blosc2.open(str(folder / "GASNetPlans_3d_fullres" / "a.b2nd"), mode="r")[0]
+    lungs = blosc2.open(str(masks / "a.b2nd"), mode="r")[:] == 1
+    assert 0.05 < lungs.mean() < 0.5
+    # 1.0 is -500 HU.
+    assert (data[lungs] < 1.0).mean() > 0.7
 
 
 def test_split_is_label_aware(planned: Path) -> None:

@@ -17,6 +17,7 @@ from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from hypothesis import given
 from hypothesis import strategies as st
@@ -496,3 +497,10 @@ def test_mirroring_is_nnunets() -> None:
     pair = PairTransform(transforms, torch.zeros(1, 1, 1, 1))
     assert [t.allowed_axes for t in pair.geometry if isinstance(t, MirrorTransform)] == [(2,)]
     assert len(PairTransform(nnunets((8, 8, 8), mirror=()), torch.zeros(1, 1, 1, 1)).geometry) == 1
+
+
+def test_transforms_that_pairs_do_without_are_named() -> None:
+    low = torch.zeros(1, 1, 1, 1)
+    assert PairTransform(nnunets((8, 8, 8)), low).left_out == []
+    masked = ComposeTransforms([*nnunets((8, 8, 8)).transforms, MaskImageTransform([0])])
+    assert PairTransform(masked, low).left_out == ["MaskImageTransform"]

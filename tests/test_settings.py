@@ -51,6 +51,7 @@ IMPOSSIBLE = [
     ({"mirror_axes": [1, 1]}, r"mirror_axes names an axis twice: \[1, 1\]"),
     ({"window": [[1.0, 1.0]]}, "window must rise"),
     ({"window": [[2.0, 1.0]]}, "window must rise"),
+    ({f"weight_{n}": 0 for n in ("labelled", "healthy", "mil", "pseudo", "adversarial")}, "nothing trains S"),
     ({"window": []}, "window names no channel"),
     ({"window": [[0.0, 1.0, 2.0]]}, "window"),
 ]
@@ -137,7 +138,7 @@ def test_words_of_the_command_line() -> None:
         parse_assignments(["num_epochs"])
 
 
-def test_the_presets_of_the_issue_exist() -> None:
+def test_presets_exist() -> None:
     assert {"default", "paper", "small"} <= set(preset_names())
     assert load_preset("default").settings == GASNetSettings()
 

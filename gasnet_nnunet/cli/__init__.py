@@ -17,7 +17,7 @@ from rich.markup import escape
 from gasnet_nnunet import __version__
 from gasnet_nnunet.cli import check, convert, demo, doctor, extend, plan
 from gasnet_nnunet.cli.variadic import VariadicCommand
-from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.errors import FILES_REFUSED, UserError
 
 INTERRUPTED = 130
 
@@ -63,12 +63,19 @@ _register(app, plan.plan, cls=VariadicCommand)
 
 
 def main() -> None:
-    """Run the command line: a user's mistake ends in one message and status 1, Ctrl-C in one line and status 130."""
+    """Run the command line: what a user can mend ends in one message and status 1, Ctrl-C in a line and status 130."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app()
     except UserError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}")
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in FILES_REFUSED:
+            raise
+        place = error.filename2 or error.filename or "A file"
+        message = f"{place} cannot be read or written: {error.strerror}. Mend that, then repeat the command."
+        errors.print(f"[bold red]Error:[/] {escape(message)}")
         raise SystemExit(1) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's translation of KeyboardInterrupt

@@ -67,9 +67,9 @@ QUICK = DemoSize(
     patients={"labelled": 1, "diseased": 8, "healthy": 8, "test_diseased": 4, "test_healthy": 2},
     size=(26, 68, 68),
     spacing=(7.7, 5.0, 5.0),
-    patch=(16, 48, 48),
+    patch=(16, 40, 40),
     features=8,
-    settings={"num_epochs": 20, "iterations_per_epoch": 10, "discriminator_steps": 1, "gallery_every_epochs": 10},
+    settings={"num_epochs": 6, "iterations_per_epoch": 20, "discriminator_steps": 1, "gallery_every_epochs": 3},
 )
 
 
@@ -225,7 +225,7 @@ def chain(out: Path, size: DemoSize, device: str) -> list[Step]:
         steps.append(Step(f"train_{trainer}", tuple(train), epochs=int(size.settings["num_epochs"])))
     for trainer in MODELS.values():
         predict = ["nnUNetv2_predict", "-d", number, "-c", "3d_fullres", "-f", "0", "-tr", trainer, *model]
-        predict += ["-i", str(raw / "imagesTs"), "-o", str(out / "predictions" / trainer), "-npp", "1", "-nps", "1"]
+        predict += ["-i", str(raw / "imagesTs"), "-o", str(out / "predictions" / trainer), "-npp", "0", "-nps", "0"]
         steps.append(Step(f"predict_{trainer}", tuple(predict)))
     return steps
 
@@ -243,7 +243,7 @@ def run_step(
     last: deque[str] = deque(maxlen=LAST_LINES)
     columns = (SpinnerColumn(), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("[dim]{task.description}"))
     with (
-        log_file.open("w") as log,
+        log_file.open("w", encoding="utf-8") as log,
         Progress(*columns, console=console, transient=True) as progress,
         subprocess.Popen(
             [programs[step.command[0]], *step.command[1:]],
@@ -251,7 +251,7 @@ def run_step(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         ) as child,
     ):
@@ -285,7 +285,7 @@ def compare(out: Path, console: Console) -> None:
         model: evaluate_folder(folder, test / "mask", lungs=test / "lung") for model, folder in predictions.items()
     }
     pd.concat(frames, names=["model"]).to_csv(out / "scores.csv")
-    (out / "comparison.md").write_text(markdown_table(frames))
+    (out / "comparison.md").write_text(markdown_table(frames), encoding="utf-8")
     plot_comparison(frames, out / "comparison.png")
     cases = next(iter(frames.values())).index
     diseased = [case for case in cases if "diseased" in case][:3]

@@ -53,7 +53,7 @@ def plan(
     console = Console(highlight=False)
     with console.status("Loading nnU-Net"):
         from gasnet_nnunet.estimate import estimate_cost
-        from gasnet_nnunet.planning import make_plans, resolve_choices, run_preprocessing
+        from gasnet_nnunet.planning import make_plans, prepare_organ_masks, resolve_choices, run_preprocessing
         from gasnet_nnunet.settings import load_preset
 
     choices, settings = resolve_choices(preset, patch, features or [], set_ or [])
@@ -87,6 +87,7 @@ def plan(
     number = planned.dataset.number
     if preprocess:
         ran = run_preprocessing(planned, num_processes=processes)
+        prepare_organ_masks(planned, num_processes=processes, progress=True)
         kept = "" if ran else " (up to date, not made again)"
         console.print(f"Preprocessed data: {planned.data_folder}{kept}", soft_wrap=True)
     else:

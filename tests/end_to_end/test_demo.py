@@ -86,7 +86,7 @@ def test_missing_command_is_named_before_any_work(monkeypatch: pytest.MonkeyPatc
 def test_command_line_refuses_a_full_folder_without_traceback(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     command = [find_programs()["gasnet-nnunet"], "demo", "--out", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert ended.returncode == 1
     assert ended.stderr.startswith("Error: ")
     assert "Traceback" not in ended.stderr

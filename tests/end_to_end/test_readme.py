@@ -76,7 +76,12 @@ def test_commands_for_ones_own_data(tmp_path: Path) -> None:
     for line in run:
         extra = next((words for start, words in SMALLER.items() if line.startswith(start)), "")
         result = subprocess.run(
-            shlex.split(f"{line} {extra}"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            shlex.split(f"{line} {extra}"),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
         )
         assert result.returncode == 0, f"{line}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 

@@ -65,7 +65,7 @@ class Workspace:
         return subprocess.Popen(
             [str(SCRIPTS / command), *map(str, arguments)],
             env=self.environment() | options.pop("environment", {}),
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )

@@ -90,7 +90,7 @@ def test_vanilla_trains_on_the_same_fold(vanilla: Workspace) -> None:
     assert cases[0] == cases[1]
 
 
-@pytest.mark.parametrize("option", [pytest.param("--val", marks=pytest.mark.slow), "--val_best"])
+@pytest.mark.parametrize("option", ["--val", "--val_best"])
 def test_validation_alone(option: str, copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     # nnUNet_def_n_proc is read when nnU-Net is imported, which has happened.
     monkeypatch.setattr(nnunet_trainer, "default_num_processes", 1)
@@ -232,13 +232,11 @@ def accumulated(trained: Workspace, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-@pytest.mark.slow
 def test_folds_are_accumulated(accumulated: Path, trained: Workspace) -> None:
     ours = summary(trained.model / "fold_0" / "validation")["foreground_mean"]
     assert summary(accumulated)["foreground_mean"] == pytest.approx(ours, nan_ok=True)
 
 
-@pytest.mark.slow
 def test_postprocessing_is_determined(accumulated: Path, trained: Workspace) -> None:
     truth = trained.preprocessed / "gt_segmentations"
     trained.call("nnUNetv2_determine_postprocessing", "-i", accumulated, "-ref", truth, "-np", 1)

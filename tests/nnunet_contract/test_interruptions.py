@@ -155,7 +155,6 @@ def test_full_disk_ends_in_one_sentence_and_keeps_the_old_checkpoint(elsewhere: 
     assert not list(fold.glob(".*tmp"))
 
 
-@pytest.mark.slow
 def test_kill_during_the_write_of_a_checkpoint_loses_nothing(elsewhere: Workspace) -> None:
     elsewhere.write_plans("Huge", save_every_minutes=1e-6, gallery_every_epochs=0, generator_features=48)
     fold = elsewhere.results / DATASET / "GASNetTrainer__Huge__3d_fullres" / "fold_0"
