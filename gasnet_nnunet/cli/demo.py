@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
-import subprocess
-import sysconfig
+import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,10 @@ MARKER = "gasnet_demo.json"
 MADE = ("phantoms", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions", "logs")
 RESULTS = ("scores.csv", "comparison.md", "comparison.png", "overlays.png")
 LAST_LINES = 8
+SECONDS_BETWEEN_LOOKS = 0.2
+COMMANDS = ("gasnet-nnunet", "nnUNetv2_train", "nnUNetv2_predict")
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+PRELOADED = ["gasnet_nnunet.trainers", "gasnet_nnunet.planning", "nnunetv2.inference.predict_from_raw_data"]
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,14 @@ def run_demo(out: Path, size: DemoSize, *, device: str | None, overwrite: bool, 
     """
     start = time.monotonic()
     out = out.absolute()
-    programs = find_programs()
+    for name in COMMANDS:
+        find_command(name)
     make_folder(out, overwrite=overwrite)
+    folders = {name: str(out / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    environment = {**folders, **environment_of_children()}
+    # nnU-Net reads some of them when it is imported, which happens once for all commands.
+    os.environ.update(environment)
+    _start_loading()
     with console.status("Loading"):
         import torch
 
@@ -136,30 +148,25 @@ def run_demo(out: Path, size: DemoSize, *, device: str | None, overwrite: bool, 
         out / "phantoms", seed=size.seed, size=size.size, spacing=size.spacing, progress=True, **size.patients
     )
 
-    folders = {name: str(out / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     console.print("\nThe commands below are yours to repeat, once these are set:", style="dim")
     for name, folder in folders.items():
         console.print(f"  export {name}={shlex.quote(folder)}", style="dim", soft_wrap=True)
-    environment = {**os.environ, **folders, **environment_of_children()}
     for number, step in enumerate(chain(out, size, device), start=1):
-        run_step(step, out / "logs" / f"{number}_{step.name}.txt", programs, environment, console)
+        run_step(step, out / "logs" / f"{number}_{step.name}.txt", environment, console)
     compare(out, console)
     console.print(f"It took {(time.monotonic() - start) / 60:.1f} minutes.")
 
 
-def find_programs() -> dict[str, str]:
-    """Paths of the commands to run: of this environment, whether or not it is activated.
+def find_command(name: str) -> EntryPoint:
+    """What a command of this Python environment calls.
 
     Raises:
-        UserError: One of them is not installed.
+        UserError: The command is not installed.
     """
-    names = ("gasnet-nnunet", "nnUNetv2_train", "nnUNetv2_predict")
-    places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    found = {name: shutil.which(name, path=places) for name in names}
-    missing = [name for name, path in found.items() if path is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} cannot be found; install the package first: pip install .")
-    return {name: path for name, path in found.items() if path is not None}
+    found = list(entry_points(group="console_scripts", name=name))
+    if not found:
+        raise UserError(f"The command {name} is not installed; install the package first: pip install .")
+    return found[0]
 
 
 def make_folder(out: Path, *, overwrite: bool) -> None:
@@ -230,9 +237,7 @@ def chain(out: Path, size: DemoSize, device: str) -> list[Step]:
     return steps
 
 
-def run_step(
-    step: Step, log_file: Path, programs: Mapping[str, str], environment: Mapping[str, str], console: Console
-) -> None:
+def run_step(step: Step, log_file: Path, environment: Mapping[str, str], console: Console) -> None:
     """Run a command, with its output in a log file and its last line beside a progress bar.
 
     Raises:
@@ -242,35 +247,63 @@ def run_step(
     start = time.monotonic()
     last: deque[str] = deque(maxlen=LAST_LINES)
     columns = (SpinnerColumn(), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("[dim]{task.description}"))
-    with (
-        log_file.open("w", encoding="utf-8") as log,
-        Progress(*columns, console=console, transient=True) as progress,
-        subprocess.Popen(
-            [programs[step.command[0]], *step.command[1:]],
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        ) as child,
-    ):
-        assert child.stdout is not None
-        task = progress.add_task("", total=step.epochs or None)
-        for line in child.stdout:
-            log.write(line)
-            log.flush()
-            if text := line.strip():
-                last.append(text)
-                shown = escape(text[: max(20, console.width - 40)])
-                progress.update(task, description=shown, advance="Epoch time" in text)
-    if child.returncode != 0:
-        lines = "\n".join(f"  {line}" for line in last)
+    log_file.touch()
+    process = _processes().Process(target=_run_command, args=(step.command, log_file, dict(environment)))
+    process.start()
+    try:
+        with (
+            log_file.open(encoding="utf-8", errors="replace") as log,
+            Progress(*columns, console=console, transient=True) as progress,
+        ):
+            task = progress.add_task("", total=step.epochs or None)
+            unfinished = ""
+            running = True
+            while running:
+                # Asked before reading, so that nothing said last is missed.
+                process.join(SECONDS_BETWEEN_LOOKS)
+                running = process.exitcode is None
+                *lines, unfinished = (unfinished + log.read() + ("" if running else "\n")).split("\n")
+                for text in filter(None, map(str.strip, lines)):
+                    last.append(text)
+                    shown = escape(text[: max(20, console.width - 40)])
+                    progress.update(task, description=shown, advance="Epoch time" in text)
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join()
+    if process.exitcode != 0:
+        lines_shown = "\n".join(f"  {line}" for line in last)
         raise UserError(
-            f"{shlex.join(step.command)} ended with status {child.returncode}. All it said is in {log_file}; "
-            f"its last lines:\n{lines}"
+            f"{shlex.join(step.command)} ended with status {process.exitcode}. All it said is in {log_file}; "
+            f"its last lines:\n{lines_shown}"
         )
     console.print(f"[dim]done in {time.monotonic() - start:.0f} s, log in {escape(str(log_file))}[/]", soft_wrap=True)
+
+
+def _processes() -> Any:
+    """Makes processes that have torch and nnU-Net imported already, which takes longer than some of the commands."""
+    return multiprocessing.get_context("forkserver" if FORKS else "spawn")
+
+
+def _start_loading() -> None:
+    """Start the process that imports them, while the patients are drawn."""
+    if FORKS:
+        from multiprocessing import forkserver
+
+        forkserver.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+
+
+def _run_command(command: Sequence[str], log_file: Path, environment: Mapping[str, str]) -> None:
+    """In a process of its own: what the script of that name in the environment's `bin` does, said into a log file."""
+    with log_file.open("a") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+            assert isinstance(stream, io.TextIOWrapper)
+            stream.reconfigure(encoding="utf-8", line_buffering=True)
+    os.environ.update(environment)
+    sys.argv = list(command)
+    sys.exit(find_command(command[0]).load()())
 
 
 def compare(out: Path, console: Console) -> None:

@@ -1,20 +1,20 @@
 import json
 import os
-import shutil
 import subprocess
-import sysconfig
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from gasnet_nnunet.cli.demo import FULL, MARKER, QUICK, Step, chain, find_programs, make_folder, run_demo, run_step
+from gasnet_nnunet import __version__
+from gasnet_nnunet.cli.demo import FULL, MARKER, QUICK, Step, chain, find_command, make_folder, run_demo, run_step
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.settings import GASNetSettings
-
-SHELL = {"sh": shutil.which("sh") or "sh"}
 
 
 def console(file: Path) -> Console:
@@ -62,30 +62,35 @@ def test_earlier_demo_is_replaced_only_if_asked(tmp_path: Path) -> None:
 
 def test_output_of_a_command_goes_to_its_log(tmp_path: Path) -> None:
     out = console(tmp_path / "out.txt")
-    step = Step("say", ("sh", "-c", "echo Epoch time: 1 s; printf 'half\\rwhole\\n'; echo $WORD >&2"))
-    run_step(step, tmp_path / "log.txt", SHELL, {"WORD": "[bold]"}, out)
-    assert (tmp_path / "log.txt").read_text().split("\n") == ["Epoch time: 1 s", "half", "whole", "[bold]", ""]
-    assert "$ sh -c 'echo Epoch time" in out.export_text()
+    step = Step("say", ("gasnet-nnunet", "--version"))
+    run_step(step, tmp_path / "log.txt", {}, out)
+    assert (tmp_path / "log.txt").read_text() == f"gasnet-nnunet {__version__}\n"
+    assert "$ gasnet-nnunet --version" in out.export_text()
+
+
+def test_variables_reach_a_command(tmp_path: Path) -> None:
+    step = Step("check", ("gasnet-nnunet", "check", "-d", "901"))
+    folders = {f"nnUNet_{name}": f"{tmp_path}/nowhere" for name in ("raw", "preprocessed", "results")}
+    with pytest.raises(UserError, match=f"{tmp_path}/nowhere"):
+        run_step(step, tmp_path / "log.txt", folders, console(tmp_path / "out.txt"))
 
 
 def test_failing_command_is_told_in_one_sentence(tmp_path: Path) -> None:
-    step = Step("fail", ("sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do echo line $i; done; exit 7"))
-    with pytest.raises(UserError, match=r"ended with status 7\. All it said is in .*log\.txt") as caught:
-        run_step(step, tmp_path / "log.txt", SHELL, {}, console(tmp_path / "out.txt"))
-    assert str(caught.value).endswith("  line 8\n  line 9")
-    assert "line 1\n" not in str(caught.value)
+    step = Step("fail", ("gasnet-nnunet", "docter"))
+    with pytest.raises(UserError, match=r"docter ended with status 2\. All it said is in .*log\.txt") as caught:
+        run_step(step, tmp_path / "log.txt", {}, console(tmp_path / "out.txt"))
+    assert "No such command 'docter'" in str(caught.value)
+    assert "No such command 'docter'" in (tmp_path / "log.txt").read_text()
 
 
-def test_missing_command_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match="nnUNetv2_train, nnUNetv2_predict cannot be found"):
-        find_programs()
+def test_command_that_is_not_installed_is_named() -> None:
+    with pytest.raises(UserError, match=r"nnUNetv3_train is not installed"):
+        find_command("nnUNetv3_train")
 
 
 def test_command_line_refuses_a_full_folder_without_traceback(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    command = [find_programs()["gasnet-nnunet"], "demo", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", "from gasnet_nnunet.cli import main; main()", "demo", "--out", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert ended.returncode == 1
     assert ended.stderr.startswith("Error: ")
@@ -93,7 +98,14 @@ def test_command_line_refuses_a_full_folder_without_traceback(tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
+@pytest.fixture
+def unchanged_environment() -> Iterator[None]:
+    with patch.dict(os.environ):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchanged_environment")
 def test_smallest_chain_runs_to_the_figures(tmp_path: Path) -> None:
     tiny = replace(
         QUICK,
@@ -114,6 +126,7 @@ def test_smallest_chain_runs_to_the_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchanged_environment")
 def test_gasnet_beats_its_baseline(tmp_path: Path) -> None:
     run_demo(tmp_path / "demo", QUICK, device="cpu", overwrite=False, console=console(tmp_path / "out.txt"))
     scores = pd.read_csv(tmp_path / "demo/scores.csv")
