@@ -12,11 +12,11 @@ from typing import Any
 from gasnet_nnunet.cohort import Kind, abbreviate, declared_labels, raise_problems
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
-from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.raw_dataset import Dataset, read_json
 
-from .folders import WriteJob, write_case
-from .sources import Rescaling, Source, duplicates, examine, find_volumes, not_hounsfield, same_names
+from .conversion import WriteJob, convert_cases, write_constant_labels
+from .examination import Record, duplicates, not_hounsfield
+from .sources import Rescaling, Source, find_volumes, same_names
 
 WRITABLE = (".nii.gz", ".nrrd", ".mha", ".gipl")
 """File endings of nnU-Net datasets whose grid SimpleITK keeps."""
@@ -49,8 +49,8 @@ def extend_dataset(
     """Add diseased and healthy cases to a dataset in nnUNet_raw.
 
     Diseased cases get label files filled with the `ignore` label, which is added to `dataset.json` above the highest
-    label if there is none. All files are checked before the first is written, written under a folder of their own,
-    and moved in place when all are there; `dataset.json` comes last.
+    label if there is none. All files are checked while they are read and written under a folder of their own, and
+    moved in place when all are there and sound; `dataset.json` comes last.
 
     Args:
         dataset: The dataset.
@@ -87,22 +87,17 @@ def extend_dataset(
     if taken:
         problems.append(f"{dataset.name} has cases of these names already: {abbreviate(taken)}. Rename the files.")
     raise_problems(problems, "the folders")
-    examined = run_jobs(examine, sources, num_processes=num_processes, description="Checking" if progress else None)
-    problems = [problem for result in examined for problem in result.problems]
-    problems += duplicates(sources, examined)
-    raise_problems(problems, "the files; nothing was written")
-
     labels, remarks = declared_labels(dataset_json), []
     ignore = max(labels.values) + 1 if labels.ignore is None else labels.ignore
     if diseased is not None and labels.ignore is None:
         dataset_json["labels"]["ignore"] = ignore
         remarks.append(f"the label 'ignore' ({ignore}) was added to dataset.json.")
-    if dataset.ct_channels == [0] and (remark := not_hounsfield(sources, examined)):
-        remarks.append(remark)
     dataset_json["numTraining"] = len(dataset.files) + len(sources)
     if "dataset" in dataset_json:
         dataset_json["dataset"] |= {source.case: _entry(source, ending) for source in sources}
-    _add(dataset.raw, dataset_json, sources, ignore, num_processes, progress)
+    records = _add(dataset.raw, dataset_json, sources, ignore, num_processes, progress)
+    if dataset.ct_channels == [0] and (remark := not_hounsfield(sources, records)):
+        remarks.append(remark)
     if dataset.preprocessed.exists():
         remarks.append(
             f"{dataset.preprocessed} does not have the new cases yet, and its splits_final.json is never overwritten: "
@@ -137,18 +132,18 @@ def _add(
     ignore: int,
     num_processes: int,
     progress: bool,
-) -> None:
+) -> list[Record]:
     unfinished = folder / ".extension.unfinished"
     moved: list[Path] = []
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        run_jobs(
-            write_case,
-            [WriteJob(source, unfinished, {}, ignore, dataset_json["file_ending"]) for source in sources],
-            num_processes=num_processes,
-            description="Writing" if progress else None,
-        )
+        ending = dataset_json["file_ending"]
+        jobs = [WriteJob(source, unfinished, ending) for source in sources]
+        records = convert_cases(jobs, num_processes, progress=progress)
+        problems = [problem for record in records for problem in record.problems]
+        raise_problems([*problems, *duplicates(sources, records)], "the files; nothing was added")
+        write_constant_labels(jobs, records, ignore, num_processes)
         # Labels first: nnU-Net takes the names of the cases from the images.
         for path in [*sorted(unfinished.glob("labelsTr/*")), *sorted(unfinished.glob("imagesTr/*"))]:
             target = folder / path.parent.name / path.name
@@ -156,6 +151,7 @@ def _add(
             path.rename(target)
             moved.append(target)
         write_json(folder / "dataset.json", dataset_json)
+        return records
     except BaseException as error:
         for path in moved:
             path.unlink(missing_ok=True)

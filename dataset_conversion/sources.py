@@ -5,24 +5,21 @@ Every fault is collected, so that the user sees all of them at once and before a
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gasnet_nnunet.cohort import Kind, abbreviate
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.volumes import Grid, grid_difference, read_volume, volume_name
+from gasnet_nnunet.volumes import Grid, read_volume, volume_name
 
 COMPANIONS = (".csv", ".json", ".log", ".md", ".pdf", ".raw", ".tsv", ".txt", ".xlsx", ".xml", ".yaml", ".yml", ".zraw")
 """Endings of files that lie beside images: notes, tables, and the data of `.mhd` headers."""
-HIGHEST_AIR = -500.0
-"""A chest CT in HU has air, near -1000, in and around the patient."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,25 @@ class Rescaling:
         return ((values.astype(np.float64) - self.low) * scale + self.hu_low).astype(np.float32)
 
 
+class Volume(Protocol):
+    """A volume that is more than one file, such as a DICOM series; its name is what `str` gives."""
+
+    def read(self) -> tuple[NDArray[Any], Grid]:
+        """Values (Z, Y, X) and grid, as `read_volume` gives them."""
+
+    def files(self) -> Sequence[Path]:
+        """All files it is read from."""
+
+
+def read_image(file: Path | Volume) -> tuple[NDArray[Any], Grid]:
+    """Values (Z, Y, X) and grid of a file or of a volume of several files.
+
+    Raises:
+        UserError: It cannot be read, see `read_volume`.
+    """
+    return read_volume(file) if isinstance(file, Path) else file.read()
+
+
 @dataclass(frozen=True)
 class Source:
     """One case as the user has it.
@@ -65,40 +81,39 @@ class Source:
     Args:
         case: Its name in the dataset.
         kind: What it is to be; `None` for a test case.
-        images: Image file, or DICOM folder, of each channel.
-        mask: Its lesion mask, if it has one.
+        images: Each channel: an image file, a folder with a DICOM series, or a `Volume`.
+        mask: Its lesion mask, if it has one. That of a diseased case is kept aside for scoring.
         lungs: Its lung mask, if the user has one.
         rescaling: Map of its values to HU, if they are none.
+        classes: Label of each value of its mask but 0 (0 for background); `None` to keep the values.
+        patient: Whom it shows, where that is known: nobody may be in training and test cases.
+        details: What else is known about it; goes into `dataset.json` under `gasnet.cases`.
+        named_by: The option or folder it comes from, for messages.
     """
 
     case: str
     kind: Kind | None
-    images: tuple[Path, ...]
-    mask: Path | None = None
-    lungs: Path | None = None
+    images: tuple[Path | Volume, ...]
+    mask: Path | Volume | None = None
+    lungs: Path | Volume | None = None
     rescaling: Rescaling | None = None
+    classes: Mapping[int, int] | None = None
+    patient: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    named_by: str = ""
 
     @property
     def option(self) -> str:
         """The option of the command that named it."""
-        return f"--{self.kind.value}" if self.kind else "--test"
+        return self.named_by or (f"--{self.kind.value}" if self.kind else "--test")
 
-
-@dataclass(frozen=True)
-class Examined:
-    """What was found in the files of a case.
-
-    Args:
-        problems: Why it cannot be used, one sentence each.
-        digest: Fingerprint of its values, equal for copies of a scan.
-        values: Values in its mask.
-        lowest: Lowest value of its first channel.
-    """
-
-    problems: tuple[str, ...] = ()
-    digest: str = ""
-    values: frozenset[int] = field(default=frozenset())
-    lowest: float = 0.0
+    def files(self) -> Iterator[Path]:
+        """All files that the case is read from."""
+        for item in (*self.images, self.mask, self.lungs):
+            if isinstance(item, Path):
+                yield from sorted(item.iterdir()) if item.is_dir() else (item,)
+            elif item is not None:
+                yield from item.files()
 
 
 def find_volumes(folder: Path, option: str, *, keep_channel: bool = False) -> dict[str, Path]:
@@ -152,65 +167,6 @@ def pair(images: Mapping[str, Path], masks: Mapping[str, Path], option: str) -> 
             )
 
 
-def examine(source: Source) -> Examined:
-    """Read all files of a case and check them against each other."""
-    problems: list[str] = []
-    digest = hashlib.blake2b(digest_size=16)
-    grid, lowest = None, 0.0
-    for path in source.images:
-        try:
-            image, found = read_volume(path)
-        except UserError as error:
-            problems.append(f"{source.option}: {error}")
-            continue
-        digest.update(str(image.shape).encode() + image.astype(np.float32).tobytes())
-        low, high = float(image.min()), float(image.max())
-        if grid is None:
-            grid, lowest = found, low
-        elif difference := grid_difference(found, grid):
-            problems.append(f"{source.option}: {path} does not lie on {source.images[0].name}: {difference}.")
-        if low == high:
-            problems.append(f"{source.option}: {path} is {low:g} throughout; it shows nothing.")
-        scale = source.rescaling
-        if scale and (low < scale.low or high > scale.high):
-            problems.append(
-                f"{source.option}: {path} holds values from {low:g} to {high:g}, outside the {scale.low:g} to "
-                f"{scale.high:g} that --rescale names."
-            )
-    values: set[int] = set()
-    for mask, what in ((source.mask, "mask"), (source.lungs, "lung mask")):
-        if mask is None:
-            continue
-        try:
-            found_values = _examine_mask(mask, grid, what)
-        except UserError as error:
-            problems.append(f"{source.option}: {error}")
-            continue
-        if what == "mask":
-            values = found_values
-        if not any(found_values) and what == "lung mask":
-            problems.append(f"{source.option}: the lung mask {mask} is empty. Leave it out to have one computed.")
-        if not any(found_values) and what == "mask" and source.kind is Kind.LABELLED:
-            problems.append(f"{source.option}: the mask {mask} is empty. Does the case belong under --healthy?")
-        if 0 not in found_values:
-            problems.append(f"{source.option}: the {what} {mask} covers every voxel. Is it the right file?")
-    return Examined(tuple(problems), digest.hexdigest(), frozenset(values), lowest)
-
-
-def duplicates(sources: Sequence[Source], examined: Sequence[Examined]) -> Iterator[str]:
-    """One sentence for each scan that occurs twice, be it under another name or in another group."""
-    seen: dict[str, Source] = {}
-    for source, result in zip(sources, examined, strict=True):
-        if result.problems:
-            continue
-        first = seen.setdefault(result.digest, source)
-        if first is not source:
-            yield (
-                f"{first.images[0]} ({first.option}) and {source.images[0]} ({source.option}) are the same scan. Keep "
-                "one of them."
-            )
-
-
 def same_names(sources: Iterable[Source]) -> Iterator[str]:
     """One sentence for each name that two training cases share."""
     seen: dict[str, Source] = {}
@@ -223,20 +179,18 @@ def same_names(sources: Iterable[Source]) -> Iterator[str]:
             )
 
 
-def not_hounsfield(sources: Sequence[Source], examined: Sequence[Examined]) -> str | None:
-    """A remark on images that are hardly in Hounsfield units, if there are any."""
-    wrong = [
-        source.case
-        for source, result in zip(sources, examined, strict=True)
-        if source.rescaling is None and result.lowest > HIGHEST_AIR
-    ]
-    if not wrong:
-        return None
-    return (
-        f"{len(wrong)} of {len(sources)} images are hardly in Hounsfield units, nothing in them is below "
-        f"{HIGHEST_AIR:g}: {abbreviate(wrong)}. If they are chest CTs, map their values with "
-        "--rescale LO HI HU_LO HU_HI (e.g. --rescale 0 255 -1250 250)."
-    )
+def same_patients(sources: Iterable[Source]) -> Iterator[str]:
+    """One sentence for each patient who is both among the training and among the test cases."""
+    cases: dict[str, dict[bool, list[str]]] = {}
+    for source in sources:
+        if source.patient:
+            cases.setdefault(source.patient, {}).setdefault(source.kind is None, []).append(source.case)
+    for patient, groups in cases.items():
+        if len(groups) == 2:
+            yield (
+                f"The patient '{patient}' is both in training ({abbreviate(groups[False])}) and in the test set "
+                f"({abbreviate(groups[True])}). Keep all scans of a patient on one side."
+            )
 
 
 def storable(values: NDArray[Any]) -> NDArray[Any]:
@@ -247,19 +201,3 @@ def storable(values: NDArray[Any]) -> NDArray[Any]:
         if np.array_equal(whole, values):
             return whole
     return values.astype(np.float32)
-
-
-def _examine_mask(path: Path, grid: Grid | None, what: str) -> set[int]:
-    mask, found = read_volume(path)
-    if grid is not None and (difference := grid_difference(found, grid)):
-        raise UserError(
-            f"the {what} {path} does not lie on its image: {difference}. Resample it to the image's grid, with "
-            "nearest-neighbour interpolation."
-        )
-    numbers = np.unique(mask)
-    if numbers.min() < 0 or not np.array_equal(numbers, numbers.astype(np.int64)):
-        wrong = next(number for number in numbers.tolist() if number < 0 or number != int(number))
-        raise UserError(f"the {what} {path} holds the value {wrong:g}; expected 0 for background and 1, 2, ... .")
-    if len(numbers) > 250 or numbers.max() > 65535:
-        raise UserError(f"the {what} {path} holds {len(numbers)} values up to {numbers.max():g}. Is it an image?")
-    return {int(number) for number in numbers}

@@ -1,0 +1,168 @@
+"""The report of a conversion: `conversion_report.json` for machines and a page for people, in one file each."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gasnet_nnunet.files import write_json
+
+from .examination import Record
+from .sources import Source
+
+REPORT_FILES = ("conversion_report.html", "conversion_report.json")
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
+table { border-collapse: collapse; } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+.cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(175px, 1fr)); gap: 14px; }
+figure { margin: 0; font-size: 12px; overflow-wrap: anywhere; } figure img { width: 160px; display: block; }
+.odd { color: #a33; } .plot { max-width: 100%; }
+"""
+
+
+def case_table(sources: Sequence[Source], records: Sequence[Record]) -> pd.DataFrame:
+    """One row a case: what it is, its grid, intensities, volumes and oddities.
+
+    Spacing and size stand in (Z, Y, X), spacing in mm, intensities in HU where the source says how to map to them,
+    volumes in ml.
+    """
+    rows = []
+    for source, record in zip(sources, records, strict=True):
+        size, spacing = record.grid.size[::-1], record.grid.spacing[::-1]
+        rows.append(
+            {
+                "case": source.case,
+                "kind": source.kind.value if source.kind else "test",
+                "files": [str(file) for file in source.images],
+                "mask": None if source.mask is None else str(source.mask),
+                "patient": source.patient,
+                **source.details,
+                "size": list(size),
+                "spacing": list(spacing),
+                "p00_5": record.percentiles[0],
+                "median": record.percentiles[1],
+                "p99_5": record.percentiles[2],
+                "lowest": record.lowest,
+                "lesion_ml": {str(label): round(volume, 3) for label, volume in record.lesion_ml.items()},
+                "lungs_ml": record.lungs_ml,
+                "digest": record.digest,
+                "oddities": list(record.oddities),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def write_report(
+    folder: Path, name: str, sources: Sequence[Source], records: Sequence[Record], remarks: Sequence[str]
+) -> None:
+    """Write both reports into the folder of a conversion, whose records hold a thumbnail of each case.
+
+    Args:
+        folder: Folder of the conversion.
+        name: The dataset's name.
+        sources: The cases.
+        records: What was found in each.
+        remarks: What the user should know, one sentence each.
+    """
+    cases = case_table(sources, records)
+    odd = Counter(oddity for record in records for oddity in record.oddities)
+    rows: list[dict[str, Any]] = [dict(zip(cases.columns, row, strict=True)) for row in cases.itertuples(index=False)]
+    counts = cases["kind"].value_counts().to_dict()
+    content = {"dataset": name, "counts": counts, "remarks": list(remarks), "oddities": dict(odd), "cases": rows}
+    write_json(folder / REPORT_FILES[1], content)
+    parts = [
+        f"<h1>{html.escape(name)}</h1>",
+        "<p>" + ", ".join(f"{number} {kind}" for kind, number in counts.items()) + "</p>",
+        _list("Notes", remarks),
+        _list("Odd", [f"{number} x {oddity}: {_cases_with(cases, oddity)}" for oddity, number in odd.most_common()]),
+        "<h2>Distributions</h2>",
+        _figures(cases),
+        _summary(cases),
+        "<h2>Cases</h2><p>The slice with most lesion (outlined), or else with most lung.</p>",
+        '<div class="cases">',
+        *(_case(folder, source, row) for source, row in zip(sources, rows, strict=True)),
+        "</div>",
+    ]
+    page = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'
+    page += f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    (folder / REPORT_FILES[0]).write_text(page, encoding="utf-8")
+
+
+def _list(title: str, items: Sequence[str]) -> str:
+    if not items:
+        return ""
+    return f"<h2>{title}</h2><ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
+
+
+def _cases_with(cases: pd.DataFrame, oddity: str, limit: int = 8) -> str:
+    names = [row.case for row in cases.itertuples() if oddity in row.oddities]
+    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _numbers(cases: pd.DataFrame) -> pd.DataFrame:
+    """The columns worth a distribution."""
+    return pd.DataFrame(
+        {
+            "kind": cases["kind"],
+            "slice distance (mm)": [spacing[0] for spacing in cases["spacing"]],
+            "pixel (mm)": [spacing[2] for spacing in cases["spacing"]],
+            "slices": [size[0] for size in cases["size"]],
+            "columns": [size[2] for size in cases["size"]],
+            "0.5 % of values (HU)": cases["p00_5"],
+            "99.5 % of values (HU)": cases["p99_5"],
+            "lesion (ml)": [sum(volumes.values()) if volumes else float("nan") for volumes in cases["lesion_ml"]],
+        }
+    )
+
+
+def _summary(cases: pd.DataFrame) -> str:
+    numbers = _numbers(cases).groupby("kind").agg(["min", "median", "max"])
+    table = numbers.stack(level=0, future_stack=True).unstack(level=0).swaplevel(axis=1).sort_index(axis=1)
+    return table.to_html(float_format=lambda value: f"{value:.4g}", na_rep="", border=0)
+
+
+def _figures(cases: pd.DataFrame) -> str:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    numbers = _numbers(cases)
+    columns = [column for column in numbers if column != "kind" and numbers[column].notna().any()]
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    for axis, column in zip(figure.subplots(2, 4).flat, columns, strict=False):
+        groups = {str(kind): group.dropna() for kind, group in numbers.groupby("kind")[column]}
+        groups = {kind: group for kind, group in groups.items() if len(group)}
+        axis.hist(list(groups.values()), bins=15, stacked=True, label=list(groups))
+        axis.set_title(column, fontsize=10)
+    for axis in list(figure.axes)[len(columns) :]:
+        axis.set_axis_off()
+    figure.axes[0].legend(fontsize=8)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=80)
+    return f'<img class="plot" alt="distributions" src="{_inline(buffer.getvalue())}">'
+
+
+def _case(folder: Path, source: Source, row: dict[str, Any]) -> str:
+    picture = folder / "records" / ("Tr" if source.kind else "Ts") / f"{source.case}.png"
+    lesion = sum(row["lesion_ml"].values())
+    facts = [row["kind"], " x ".join(map(str, row["size"])), " x ".join(f"{n:.3g}" for n in row["spacing"]) + " mm"]
+    if row["lesion_ml"]:
+        facts.append(f"{lesion:.1f} ml lesion")
+    odd = "; ".join(row["oddities"])
+    return (
+        f'<figure><img alt="{html.escape(source.case)}" src="{_inline(picture.read_bytes())}">'
+        f"<b>{html.escape(source.case)}</b><br>{html.escape(', '.join(facts))}"
+        f'<br><span class="odd">{html.escape(odd)}</span></figure>'
+    )
+
+
+def _inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
