@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +36,18 @@ def mask(*labels: int) -> np.ndarray[Any, Any]:
     return array
 
 
-def save(path: Path, array: np.ndarray[Any, Any], spacing: tuple[float, ...] = (1, 1, 2), shift: float = 0) -> None:
+def save(
+    path: Path,
+    array: np.ndarray[Any, Any],
+    spacing: tuple[float, ...] = (1, 1, 2),
+    shift: float = 0,
+    direction: tuple[float, ...] = UNIT,
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(spacing)
     image.SetOrigin((shift, 0, 0))
+    image.SetDirection(direction)
     sitk.WriteImage(image, str(path), True)
 
 
@@ -100,6 +108,8 @@ def test_makes_a_dataset_that_nnunet_accepts(folders: Path) -> None:
     assert listing(raw(folders)) == sorted(
         [
             "dataset.json",
+            "conversion_report.html",
+            "conversion_report.json",
             *(f"imagesTr/{case}_0000.nii.gz" for case in cases),
             *(f"labelsTr/{case}.nii.gz" for case in cases),
             "imagesTs/t1_0000.nii.gz",
@@ -113,6 +123,33 @@ def test_makes_a_dataset_that_nnunet_accepts(folders: Path) -> None:
     np.testing.assert_array_equal(values, ct(2))
     assert values.dtype == np.int16
     assert grid.spacing == (1.0, 1.0, 2.0)
+
+
+def test_report_shows_every_case_and_what_is_odd(folders: Path) -> None:
+    save(folders / "well" / "h2.nii.gz", ct(9).clip(0, 255).astype(np.uint8))
+    padded = ct(2)
+    padded[0] = -2048
+    save(folders / "ill" / "p2.nii.gz", padded, direction=(1, 0, 0, 0, 1, 0, 0, 0, -1))
+    output = convert(*BASIC, "--test", "test", "testmask")
+    assert "conversion_report.html" in output
+    report = json.loads((raw(folders) / "conversion_report.json").read_text())
+    assert report["counts"] == {"diseased": 2, "healthy": 2, "labelled": 1, "test": 1}
+    cases = {case["case"]: case for case in report["cases"]}
+    assert cases["p1"]["spacing"] == [2.0, 1.0, 1.0]
+    assert cases["p1"]["size"] == list(SHAPE)
+    assert cases["p1"]["lesion_ml"] == {"1": pytest.approx(4 * 2 / 1000)}
+    few = "6 slices only"
+    assert cases["h3"]["oddities"] == [few]
+    assert cases["h2"]["oddities"] == ["8-bit intensities (0 to 255)", few]
+    assert cases["p2"]["oddities"] == [
+        "z runs downwards (orientation LPI)",
+        "padding of -2048 (17% of the voxels)",
+        few,
+    ]
+    page = (raw(folders) / "conversion_report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 + len(cases)
+    assert "http" not in page
+    assert all(case in page for case in cases)
 
 
 @pytest.mark.parametrize("words", [["--test", "test"], ["--test", "test", "testmask"]])
@@ -276,11 +313,40 @@ def spoil_loose_slices(base: Path) -> None:
         (spoil_loose_slices, r"well holds DICOM slices"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(folders: Path, spoil: Any, message: str) -> None:
+def test_bad_input_is_refused_and_no_dataset_is_made(folders: Path, spoil: Any, message: str) -> None:
     spoil(folders)
     with pytest.raises(UserError, match=message):
         convert(*BASIC)
-    assert listing(folders.parent / "nnUNet_raw") == []
+    assert not list((folders.parent / "nnUNet_raw").glob("Dataset*"))
+
+
+def test_conversion_that_stopped_half_way_goes_on_and_ends_the_same(folders: Path) -> None:
+    convert(*BASIC, "--num-processes", "1")
+    undisturbed = {name: (raw(folders) / name).read_bytes() for name in listing(raw(folders))}
+    shutil.rmtree(raw(folders))
+    spoil_truncated(folders)
+    save(folders / "well" / "h9.nii.gz", ct(90))
+    with pytest.raises(UserError, match="damaged"):
+        convert(*BASIC, "--num-processes", "1")
+    unfinished = raw(folders).with_name(".Dataset007_Lungs.unfinished")
+    kept = unfinished / "imagesTr" / "h2_0000.nii.gz"
+    written = kept.stat().st_mtime_ns
+    (folders / "well" / "h9.nii.gz").unlink()
+    save(folders / "ill" / "p2.nii.gz", ct(2))
+    convert(*BASIC, "--num-processes", "1")
+    assert (raw(folders) / "imagesTr" / "h2_0000.nii.gz").stat().st_mtime_ns == written, "not written again"
+    assert not unfinished.exists()
+    assert {name: (raw(folders) / name).read_bytes() for name in listing(raw(folders))} == undisturbed
+
+
+def test_changed_file_is_converted_again_when_going_on(folders: Path) -> None:
+    spoil_truncated(folders)
+    with pytest.raises(UserError, match="damaged"):
+        convert(*BASIC)
+    save(folders / "ill" / "p2.nii.gz", ct(2))
+    save(folders / "well" / "h2.nii.gz", ct(77))
+    convert(*BASIC)
+    np.testing.assert_array_equal(read_volume(raw(folders) / "imagesTr" / "h2_0000.nii.gz")[0], ct(77))
 
 
 def test_problems_are_told_all_at_once(folders: Path) -> None:
@@ -351,7 +417,7 @@ def test_a_full_disk_loses_nothing(folders: Path, command: str) -> None:
     assert "Is the disk full?" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert {name: (raw(folders) / name).read_bytes() for name in listing(raw(folders))} == before
-    assert [path.name for path in raw(folders).parent.iterdir()] == ["Dataset007_Lungs"]
+    assert [path.name for path in raw(folders).parent.glob("[!.]*")] == ["Dataset007_Lungs"]
 
 
 @pytest.fixture
@@ -409,7 +475,7 @@ def test_extend_takes_several_channels(plain: Path, folders: Path) -> None:
     with pytest.raises(UserError, match="n in two has the channels _0000; the dataset has 2"):
         run("extend", "-d", "7", "--healthy", "two")
     save(folders / "two" / "n_0001.nii.gz", ct(62), spacing=(1, 1, 4))
-    with pytest.raises(UserError, match=r"n_0001.nii.gz does not lie on n_0000.nii.gz: spacing"):
+    with pytest.raises(UserError, match=r"n_0001.nii.gz does not lie on .*n_0000.nii.gz: spacing"):
         run("extend", "-d", "7", "--healthy", "two")
     save(folders / "two" / "n_0001.nii.gz", ct(62))
     run("extend", "-d", "7", "--healthy", "two")

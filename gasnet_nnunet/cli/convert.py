@@ -69,4 +69,5 @@ def folders(
     console.print(f"Made {escape(str(converted.folder))}: {counts}.")
     for remark in converted.remarks:
         console.print(f"[yellow]Note:[/] {escape(remark)}")
+    console.print(f"Report, with a picture of every case: {escape(str(converted.report))}")
     console.print(f"Next: [bold]gasnet-nnunet plan -d {dataset_id}[/]")
