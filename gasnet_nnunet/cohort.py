@@ -5,6 +5,8 @@ file of zeros. `dataset.json` may overrule single cases:
 
     "gasnet": {"cohort": {"case_007": "diseased"}}
 
+and name the patients, which labels cannot tell: "gasnet": {"cases": {"case_007": {"patient": "p3"}}}.
+
 Nobody else in this package looks at label values to guess a kind.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 TINY_MASK_VOXELS = 10
 FEW_CASES = 3
 LISTED_CASES = 8
+COHORT_CACHE = "gasnet_cohort.json"
+"""What was read of the label files, in the dataset's folder in nnUNet_preprocessed."""
 LISTED_PROBLEMS = 20
 
 
@@ -53,6 +57,7 @@ class Case:
         lesion_voxels: Voxels of the label file that are neither background nor ignored, hidden or not.
         ignored_fraction: Share of the voxels that carry the `ignore` label, 0 to 1.
         overruled: Whether `dataset.json` makes it another kind than its labels say.
+        patient: Whom it shows, where `dataset.json` says so; all cases of a patient are kept on one side of a fold.
     """
 
     identifier: str
@@ -60,6 +65,7 @@ class Case:
     lesion_voxels: int
     ignored_fraction: float
     overruled: bool = False
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -229,10 +235,12 @@ def cohort_of_files(
     labels = declared_labels(dataset_json)
     overrulings = _overrulings(dataset_json, set(files if known is None else known))
     counts = _count_all(files, dataset_json, cache, num_processes, progress)
+    patients = _patients(dataset_json)
     cases, problems = {}, []
     for identifier in sorted(files):
         try:
-            cases[identifier] = classify(identifier, counts[identifier], labels, overrulings.get(identifier))
+            case = classify(identifier, counts[identifier], labels, overrulings.get(identifier))
+            cases[identifier] = replace(case, patient=patients.get(identifier))
         except UserError as problem:
             problems.append(str(problem))
     raise_problems(problems, "the label files")
@@ -409,6 +417,14 @@ def _overrulings(dataset_json: Mapping[str, Any], known: set[str]) -> dict[str, 
             )
         overrulings[identifier] = Kind(kind)
     return overrulings
+
+
+def _patients(dataset_json: Mapping[str, Any]) -> dict[str, str]:
+    """Whom the cases show, as far as the conversion noted it."""
+    section = dataset_json.get("gasnet", {}).get("cases", {})
+    if not isinstance(section, Mapping) or not all(isinstance(details, Mapping) for details in section.values()):
+        raise UserError('dataset.json: "gasnet" must have "cases" like {"case_007": {"patient": "p3"}}.')
+    return {case: str(details["patient"]) for case, details in section.items() if details.get("patient") is not None}
 
 
 def _count_all(

@@ -6,10 +6,10 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-from gasnet_nnunet.cohort import Cohort, Kind, abbreviate, cohort_of_files, read_cohort
+from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, Kind, abbreviate, cohort_of_files, read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.raw_dataset import Dataset, find_dataset, read_json
@@ -55,7 +55,7 @@ def inspect_dataset(
     Raises:
         UserError: There is no such dataset, or it is so incomplete that its cases cannot be told.
     """
-    preprocessed = _only_preprocessed(name_or_id)
+    preprocessed = only_preprocessed(name_or_id)
     if preprocessed:
         inspection = Inspection(preprocessed)
         inspection.remarks.append("nnUNet_raw does not have this dataset; only what was preprocessed is checked.")
@@ -76,7 +76,12 @@ def inspect_dataset(
     return inspection
 
 
-def _only_preprocessed(name_or_id: str) -> Path | None:
+def only_preprocessed(name_or_id: str) -> Path | None:
+    """The dataset's folder in nnUNet_preprocessed where nnUNet_raw does not have it, else `None`.
+
+    Args:
+        name_or_id: `501` or `Dataset501_Covid`.
+    """
     if not nnUNet_preprocessed.is_set():
         return None
     names = [name_or_id]
@@ -86,6 +91,60 @@ def _only_preprocessed(name_or_id: str) -> Path | None:
         return None
     folder = Path(nnUNet_preprocessed) / names[0]
     return folder if (folder / "dataset.json").is_file() else None
+
+
+def find_cohort(name_or_id: str, *, num_processes: int = 2, progress: bool = False) -> tuple[Path, Cohort, list[str]]:
+    """The kinds of a dataset's cases, for a new split of them.
+
+    Args:
+        name_or_id: `501` or `Dataset501_Covid`.
+        num_processes: Label files read at a time.
+        progress: Show a progress bar.
+
+    Returns:
+        The dataset's folder in nnUNet_preprocessed, made if missing; the cohort; and what is odd, one sentence each.
+
+    Raises:
+        UserError: There is no such dataset, its labels cannot be used, or nnUNet_raw holds a split of its own.
+    """
+    folder = only_preprocessed(name_or_id)
+    if folder:
+        dataset_json = read_json(folder / "dataset.json")
+        labels = folder / "gt_segmentations"
+        return folder, read_cohort(labels, dataset_json, num_processes=num_processes, progress=progress), []
+    dataset = find_dataset(name_or_id)
+    given = dataset.raw / "splits_final.json"
+    if given.is_file():
+        raise UserError(
+            f"{given} is a split already, which nnU-Net copies when it plans. Move it away to have another."
+        )
+    dataset.make_folder()
+    cohort = cohort_of_files(
+        {case: Path(entry["label"]) for case, entry in dataset.files.items()},
+        dataset.dataset_json,
+        cache=dataset.preprocessed / COHORT_CACHE,
+        num_processes=num_processes,
+        progress=progress,
+    )
+    ending = dataset.dataset_json["file_ending"]
+    seen = {path.name.removesuffix(ending) for path in (dataset.preprocessed / "gt_segmentations").glob(f"*{ending}")}
+    stale = bool(seen) and seen != set(cohort.cases)
+    remark = (
+        f"{dataset.preprocessed} has other cases than nnUNet_raw. Plan again: gasnet-nnunet plan -d {dataset.number}"
+    )
+    return dataset.preprocessed, cohort, [remark] if stale else []
+
+
+def trained_folds(dataset: str) -> list[Path]:
+    """Folders of the folds of a dataset that models were trained on, but for fold `all`, which needs no split.
+
+    Args:
+        dataset: Name of the dataset, e.g. `Dataset501_Covid`.
+    """
+    if not nnUNet_results.is_set():
+        return []
+    found = Path(nnUNet_results).glob(f"{dataset}/*/fold_[0-9]*/checkpoint_*.pth")
+    return sorted({checkpoint.parent for checkpoint in found})
 
 
 def _inspect_raw(dataset: Dataset, read_images: bool, num_processes: int, progress: bool) -> Inspection:

@@ -27,7 +27,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from pydantic import Field, TypeAdapter, ValidationError
 
-from gasnet_nnunet.cohort import Cohort, abbreviate, cohort_of_files
+from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, cohort_of_files
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
 from gasnet_nnunet.geometry import Geometry, Patch, Topology, choose_geometry, covering_extent, nnunet_topology
@@ -41,7 +41,6 @@ CONFIGURATION = "3d_fullres"
 """The configuration of nnU-Net's that the plans describe."""
 LUNG_WINDOW = (-1250.0, 250.0)
 """The paper's window in HU (its section IV.A)."""
-COHORT_CACHE = "gasnet_cohort.json"
 PREPROCESSING_RECORD = "gasnet_preprocessed.json"
 """What the preprocessed data of each plan were made with."""
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,17 +57,21 @@ class Fold:
 KEYS = tuple(field.name for field in dataclasses.fields(Fold))
 
 
-def make_splits(cohort: Cohort, *, seed: int = 12345) -> list[dict[str, list[str]]]:
-    """Deal the cases out to folds.
+def make_splits(cohort: Cohort, *, folds: int | None = None, seed: int = 12345) -> list[dict[str, list[str]]]:
+    """Deal the cases out to folds; all cases of a patient lie on one side of each fold.
 
-    As many folds as there are masks, at most 5; each mask is validated on in one of them. With a single mask it is
-    training and validation case of the only fold. Of the diseased and of the healthy cases a fold holds out a fifth,
-    at most 20 of each and at least one where there are three; they are not in nnU-Net's `val`, which would score
-    them NaN or 0.
+    As many folds as there are patients with masks, at most 5; each mask is validated on in one of them. With masks of a
+    single patient they are training and validation cases of the only fold. Of the diseased and of the healthy cases a
+    fold holds out a fifth, at most 20 of each and at least one where there are three patients; they are not in
+    nnU-Net's `val`, which would score them NaN or 0. Where the patient is not known, a case is a patient of its own.
 
     Args:
         cohort: The cases.
+        folds: How many folds to make, at least 2; by the rule above if `None`.
         seed: Seed of the dealing.
+
+    Raises:
+        UserError: More folds than patients with masks, or one that would have no healthy case to learn from.
 
     Examples:
         >>> from gasnet_nnunet.cohort import Case
@@ -73,25 +79,109 @@ def make_splits(cohort: Cohort, *, seed: int = 12345) -> list[dict[str, list[str
         >>> make_splits(Cohort(cases))[0]["val"]
         ['a']
     """
-    labelled = _shuffled(cohort.labelled, seed)
-    count = min(MAX_FOLDS, len(labelled))
-    splits = []
-    for fold in range(count):
-        val = sorted(labelled[fold::count])
-        train = sorted(set(labelled) - set(val)) if count > 1 else val
-        diseased, val_diseased = _hold_out(cohort.diseased, fold, seed + 1)
-        healthy, val_healthy = _hold_out(cohort.healthy, fold, seed + 2)
-        splits.append(
-            {
-                "train": train,
-                "val": val,
-                "diseased": diseased,
-                "healthy": healthy,
-                "val_diseased": val_diseased,
-                "val_healthy": val_healthy,
-            }
+    masked = _shuffled(_by_patient(cohort, cohort.labelled), seed)
+    count = folds or min(MAX_FOLDS, len(masked))
+    if folds and not 2 <= folds <= len(masked):
+        raise UserError(
+            f"{folds} folds were asked for, but {_patients_with_masks(masked)}: each fold needs another one to "
+            "validate on, and masks of others to learn from. Ask for fewer folds, or train fold 'all' on everything."
         )
-    return splits
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for cases in masked:
+        min(parts, key=len).extend(cases)
+    return [
+        _deal(
+            cohort,
+            fold,
+            train=[case for part in parts if part is not val or count == 1 for case in part],
+            val=val,
+            strides=max(count, MAX_FOLDS),
+            seed=seed,
+        )
+        for fold, val in enumerate(parts)
+    ]
+
+
+def make_repeats(cohort: Cohort, *, labelled: int, repeats: int, seed: int = 12345) -> list[dict[str, list[str]]]:
+    """Folds that differ in nothing but which masks are learnt from.
+
+    Half of the patients with masks, at most 20, are validated on, the same ones in each fold, fewer where the others
+    would not give `repeats` choices. Of the other masks a fold learns from `labelled`; the rest are hidden: those cases
+    stand under `diseased`. As far as there are enough, no mask is chosen twice.
+
+    Args:
+        cohort: The cases.
+        labelled: Masks that each fold learns from.
+        repeats: How many folds to make.
+        seed: Seed of all choices.
+
+    Raises:
+        UserError: Too few masks, or no healthy case would be left to learn from.
+    """
+    masked = _shuffled(_by_patient(cohort, cohort.labelled), seed)
+    for validated in range(min(len(masked) // 2, MAX_HELD_OUT), 0, -1):
+        val = [case for cases in masked[:validated] for case in cases]
+        pool = [case for cases in masked[validated:] for case in cases]
+        if math.comb(len(pool), labelled) >= repeats:
+            break
+    else:
+        raise UserError(
+            f"{repeats} choices of {labelled} masks, and others to validate on, were asked for, but "
+            f"{_patients_with_masks(masked)}. Ask for fewer with --labelled or --repeats."
+        )
+    return [
+        _deal(cohort, 0, train=train, val=val, hidden=set(pool) - set(train), strides=MAX_FOLDS, seed=seed)
+        for train in _choices(pool, labelled, repeats, seed)
+    ]
+
+
+def _choices(pool: Sequence[str], size: int, count: int, seed: int) -> list[list[str]]:
+    """Different selections from the pool, without a case in common as long as there are cases left."""
+    generator = random.Random(seed)
+    chosen: list[list[str]] = []
+    left: list[str] = []
+    while len(chosen) < count:
+        if len(left) < size:
+            left = generator.sample(pool, len(pool))
+        selection, left = sorted(left[:size]), left[size:]
+        if selection not in chosen:
+            chosen.append(selection)
+    return chosen
+
+
+def _deal(
+    cohort: Cohort,
+    fold: int,
+    *,
+    train: Sequence[str],
+    val: Sequence[str],
+    hidden: Collection[str] = (),
+    strides: int,
+    seed: int,
+) -> dict[str, list[str]]:
+    """A fold of these masks: the volumes are dealt out so that no patient lies on both sides of it."""
+    only_watched = _by_patient(cohort, val, every_case=True) if set(train) != set(val) else []
+    with_masks = {case for cases in _by_patient(cohort, cohort.labelled, every_case=True) for case in cases}
+    free = [cases for cases in _by_patient(cohort, cohort.cases) if not with_masks.intersection(cases)]
+    held_out = {case for cases in only_watched for case in cases}
+    diseased = [cases for cases in free if any(cohort.cases[case].kind is Kind.DISEASED for case in cases)]
+    # Two seeds, so that the two kinds are dealt out independently.
+    for number, groups in enumerate((diseased, [cases for cases in free if cases not in diseased]), start=1):
+        held_out |= _hold_out(groups, fold, strides, seed + number)
+    lists = {
+        "train": sorted(train),
+        "val": sorted(val),
+        "diseased": sorted([*(case for case in cohort.diseased if case not in held_out), *hidden]),
+        "healthy": [case for case in cohort.healthy if case not in held_out],
+        "val_diseased": [case for case in cohort.diseased if case in held_out],
+        "val_healthy": [case for case in cohort.healthy if case in held_out],
+    }
+    if not lists["healthy"]:
+        raise UserError(
+            f"Fold {fold} would have no healthy case to learn from: all are of patients whose masks it validates on "
+            f"({abbreviate(sorted(val))}). Add healthy cases, or try another --seed."
+        )
+    return lists
 
 
 def write_splits(path: Path, splits: Sequence[Mapping[str, Sequence[str]]]) -> bool:
@@ -106,14 +196,60 @@ def write_splits(path: Path, splits: Sequence[Mapping[str, Sequence[str]]]) -> b
     Returns:
         Whether the file holds these splits now; False where another one was found and left alone.
     """
-    content = [{key: list(cases) for key, cases in fold.items()} for fold in splits]
     if path.exists():
-        try:
-            return bool(_load(path) == content)
-        except UserError:
-            return False
-    write_json(path, content)
+        return _holds(path, splits)
+    write_json(path, _content(splits))
     return True
+
+
+def replace_splits(
+    path: Path, splits: Sequence[Mapping[str, Sequence[str]]], *, trained: Sequence[Path] = (), overwrite: bool = False
+) -> Path | None:
+    """Write `splits_final.json` where the user says so; what was there is kept beside it.
+
+    Args:
+        path: `splits_final.json` in the dataset's folder in nnUNet_preprocessed.
+        splits: What `make_splits` or `make_repeats` returns.
+        trained: Folders of folds that were trained on the split as it is.
+        overwrite: Replace another split.
+
+    Returns:
+        Where the old file is now, if one was replaced.
+
+    Raises:
+        UserError: There is another split or models trained on one, and `overwrite` is not set.
+    """
+    if path.exists() and _holds(path, splits):
+        return None
+    if trained and not overwrite:
+        raise UserError(
+            f"{abbreviate([str(folder) for folder in trained], 3)} were trained on another split, and with a new one "
+            "they would validate on cases they have learnt from: move them away, or add --overwrite."
+        )
+    if not path.exists():
+        write_json(path, _content(splits))
+        return None
+    if not overwrite:
+        raise UserError(f"{path} exists already and is another split. Add --overwrite to replace it; a copy is kept.")
+    old = path.with_name(f"{path.name}.old")
+    number = 1
+    while old.exists():
+        number += 1
+        old = path.with_name(f"{path.name}.old.{number}")
+    shutil.copy2(path, old)
+    write_json(path, _content(splits))
+    return old
+
+
+def _content(splits: Sequence[Mapping[str, Sequence[str]]]) -> list[dict[str, list[str]]]:
+    return [{key: list(cases) for key, cases in fold.items()} for fold in splits]
+
+
+def _holds(path: Path, splits: Sequence[Mapping[str, Sequence[str]]]) -> bool:
+    try:
+        return bool(_load(path) == _content(splits))
+    except UserError:
+        return False
 
 
 def check_splits(splits_file: Path, cohort: Cohort) -> int:
@@ -167,7 +303,7 @@ def read_fold(splits_file: Path, fold: int | str, cohort: Cohort) -> Fold:
             raise UserError(f"{where}: '{key}' names {abbreviate(unknown)}, which the dataset does not have.")
     read = _read_ours if "diseased" in entry or "healthy" in entry else _read_plain
     result = read(entry, cohort, where)
-    _check(result, where)
+    _check(result, where, cohort)
     return result
 
 
@@ -206,7 +342,7 @@ def _read_plain(entry: Mapping[str, list[str]], cohort: Cohort, where: str) -> F
     )
 
 
-def _check(fold: Fold, where: str) -> None:
+def _check(fold: Fold, where: str, cohort: Cohort) -> None:
     delete = "Correct the file, or delete it to have a new one made."
     if not fold.train:
         raise UserError(f"{where} has no case with a mask in 'train', so there is nothing to learn from. {delete}")
@@ -218,9 +354,9 @@ def _check(fold: Fold, where: str) -> None:
     twice = sorted({case for case in learnt if learnt.count(case) > 1})
     if twice:
         raise UserError(f"{where} names {abbreviate(twice)} in two training lists at once. {delete}")
-    # The only mask may be trained and validated on; nothing else may.
+    # The masks of an only patient may be trained and validated on; nothing else may.
     held_out = {*fold.val_diseased, *fold.val_healthy}
-    if not (set(fold.train) == set(fold.val) and len(fold.train) == 1):
+    if not (set(fold.train) == set(fold.val) and len(_by_patient(cohort, fold.train)) == 1):
         held_out |= set(fold.val)
     both = sorted(held_out.intersection(learnt))
     if both:
@@ -249,17 +385,44 @@ def _load(path: Path) -> list[dict[str, list[str]]]:
     return content
 
 
-def _shuffled(identifiers: Sequence[str], seed: int) -> list[str]:
-    shuffled = sorted(identifiers)
+def _by_patient(cohort: Cohort, cases: Iterable[str], *, every_case: bool = False) -> list[tuple[str, ...]]:
+    """The cases of each patient, sorted; on demand with those of their cases that were not named.
+
+    The order is that of the names, so that where each case is a patient of its own this is the list of cases.
+    """
+
+    def patient(case: str) -> tuple[bool, str]:
+        known = cohort.cases[case].patient
+        return known is not None, known or case
+
+    groups: dict[tuple[bool, str], list[str]] = {patient(case): [] for case in sorted(cases)}
+    for case in sorted(cohort.cases if every_case else cases):
+        if patient(case) in groups:
+            groups[patient(case)].append(case)
+    return sorted(tuple(group) for group in groups.values())
+
+
+def _patients_with_masks(masked: Sequence[Sequence[str]]) -> str:
+    masks = sum(map(len, masked))
+    patients = f"{len(masked)} patient{'s' if len(masked) > 1 else ''}"
+    return f"there are {masks} masks of {patients}" if masks > 1 else "there is one mask"
+
+
+def _shuffled(groups: Sequence[tuple[str, ...]], seed: int) -> list[tuple[str, ...]]:
+    shuffled = sorted(groups)
     random.Random(seed).shuffle(shuffled)
     return shuffled
 
 
-def _hold_out(identifiers: Sequence[str], fold: int, seed: int) -> tuple[list[str], list[str]]:
-    """Split the cases of one kind into those to train on and those held out in this fold."""
-    if len(identifiers) < 3:
-        return sorted(identifiers), []
-    shuffled = _shuffled(identifiers, seed)
-    # With fewer cases than folds the strides would leave some folds empty; a case may be held out in two folds.
-    held_out = (shuffled[fold::MAX_FOLDS] or [shuffled[fold % len(shuffled)]])[:MAX_HELD_OUT]
-    return sorted(set(identifiers) - set(held_out)), sorted(held_out)
+def _hold_out(groups: Sequence[tuple[str, ...]], fold: int, strides: int, seed: int) -> set[str]:
+    """The cases of those patients of one kind that are held out in this fold."""
+    if len(groups) < 3:
+        return set()
+    shuffled = _shuffled(groups, seed)
+    # With fewer patients than folds the strides would leave some folds empty; one may be held out in two folds.
+    held_out = shuffled[fold::strides] or [shuffled[fold % len(shuffled)]]
+    cases = list(held_out[0])
+    for group in held_out[1:]:
+        if len(cases) + len(group) <= MAX_HELD_OUT:
+            cases += group
+    return set(cases)

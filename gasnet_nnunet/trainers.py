@@ -36,7 +36,7 @@ from torch import distributed as dist
 
 from gasnet_nnunet.adversary import Adversary, needs_generator
 from gasnet_nnunet.checkpoints import read_checkpoint, remove_leftovers, write_checkpoint
-from gasnet_nnunet.cohort import Cohort, read_cohort
+from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, read_cohort
 from gasnet_nnunet.errors import DISK_FULL, UserError
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
 from gasnet_nnunet.networks import Topology
@@ -233,7 +233,7 @@ class GASNetTrainer(nnUNetTrainer):
                     base / "gt_segmentations",
                     self.dataset_json,
                     identifiers=sorted(dataset_class.get_identifiers(self.preprocessed_dataset_folder)),
-                    cache=base / "gasnet_cohort.json",
+                    cache=base / COHORT_CACHE,
                     num_processes=default_num_processes,
                     progress=True,
                 )

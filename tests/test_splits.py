@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny_dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from gasnet_nnunet.cli import app
 from gasnet_nnunet.cohort import Case, Cohort, Kind
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.splits import check_splits, make_splits, read_fold, write_splits
+from gasnet_nnunet.splits import check_splits, make_repeats, make_splits, read_fold, write_splits
 
 OURS = {"train": ["labelled_000"], "val": ["labelled_001"], "diseased": ["diseased_000"], "healthy": ["healthy_000"]}
 
@@ -178,3 +185,238 @@ def test_files_that_are_no_splits_are_refused(tmp_path: Path, text: str) -> None
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no split file"):
         read_fold(tmp_path / "s.json", 0, cohort_of(1, 1, 1))
+
+
+# By patient -----------------------------------------------------------------------------------------------------------
+
+
+def with_patients(cohort: Cohort, **patients: str) -> Cohort:
+    """The cohort with the patients of some cases, by case."""
+    return Cohort({name: replace(case, patient=patients.get(name)) for name, case in cohort.cases.items()})
+
+
+@given(
+    labelled=st.integers(2, 9),
+    volumes=st.integers(0, 40),
+    patients=st.integers(2, 12),
+    seed=st.integers(0, 3),
+    data=st.data(),
+)
+def test_no_patient_is_on_both_sides_of_a_fold(
+    labelled: int, volumes: int, patients: int, seed: int, data: st.DataObject
+) -> None:
+    cohort = cohort_of(labelled, volumes, volumes + 1)
+    draw = st.lists(st.integers(0, patients), min_size=len(cohort.cases), max_size=len(cohort.cases))
+    owners = dict(zip(cohort.cases, data.draw(draw), strict=True))
+    # Patient 0 stands for not known; one healthy case of nobody else's is always there to learn from.
+    known = {case: f"p{owner}" for case, owner in owners.items() if owner and case != "healthy_000"}
+    cohort = with_patients(cohort, **known)
+    masked = {known.get(case, case) for case in cohort.labelled}
+    splits = make_splits(cohort, seed=seed)
+    assert len(splits) == min(5, len(masked))
+    assert sorted(case for fold in splits for case in fold["val"]) == cohort.labelled
+    for fold in splits:
+        learnt = {known.get(case, case) for key in ("train", "diseased", "healthy") for case in fold[key]}
+        held_out = {known.get(case, case) for key in ("val", "val_diseased", "val_healthy") for case in fold[key]}
+        if len(masked) > 1:
+            assert not learnt & held_out
+        everywhere = [case for cases in fold.values() for case in cases]
+        assert set(everywhere) == set(cohort.cases)
+
+
+def test_folds_are_balanced_by_masks() -> None:
+    cohort = with_patients(cohort_of(6, 0, 3), labelled_000="a", labelled_001="a", labelled_002="a")
+    splits = make_splits(cohort, folds=2)
+    assert sorted(len(fold["val"]) for fold in splits) == [3, 3]
+
+
+def test_masks_of_one_patient_are_trained_and_validated_on(tmp_path: Path) -> None:
+    cohort = with_patients(cohort_of(2, 1, 1), labelled_000="a", labelled_001="a")
+    path = tmp_path / "s.json"
+    assert write_splits(path, make_splits(cohort))
+    fold = read_fold(path, 0, cohort)
+    assert fold.train == fold.val == ("labelled_000", "labelled_001")
+
+
+@pytest.mark.parametrize("folds", [1, 4])
+def test_more_folds_than_patients_with_masks_are_refused(folds: int) -> None:
+    with pytest.raises(UserError, match=rf"{folds} folds were asked for, but there are 3 masks of 3 patients"):
+        make_splits(cohort_of(3, 3, 3), folds=folds)
+
+
+def test_more_than_five_folds_hold_out_all_volumes_in_turn() -> None:
+    cohort = cohort_of(8, 16, 16)
+    splits = make_splits(cohort, folds=8)
+    assert sorted(case for fold in splits for case in fold["val_healthy"]) == cohort.healthy
+
+
+def test_a_fold_without_a_healthy_case_to_learn_from_is_refused() -> None:
+    cohort = with_patients(cohort_of(2, 0, 2), labelled_000="a", healthy_000="a", healthy_001="a")
+    with pytest.raises(UserError, match="no healthy case to learn from"):
+        make_splits(cohort)
+
+
+# Repeats with other masks ---------------------------------------------------------------------------------------------
+
+
+@given(masks=st.integers(2, 12), labelled=st.integers(1, 3), repeats=st.integers(1, 5), seed=st.integers(0, 3))
+def test_repeats_differ_in_the_masks_only(masks: int, labelled: int, repeats: int, seed: int) -> None:
+    cohort = cohort_of(masks, 10, 10)
+    if math.comb(masks - 1, labelled) < repeats:
+        with pytest.raises(UserError, match="Ask for fewer"):
+            make_repeats(cohort, labelled=labelled, repeats=repeats, seed=seed)
+        return
+    folds = make_repeats(cohort, labelled=labelled, repeats=repeats, seed=seed)
+    assert len({tuple(fold["train"]) for fold in folds}) == repeats
+    for fold in folds:
+        assert len(fold["train"]) == labelled
+        hidden = set(fold["diseased"]) & set(cohort.labelled)
+        assert sorted([*fold["train"], *hidden, *fold["val"]]) == cohort.labelled
+        for key in ("val", "healthy", "val_healthy", "val_diseased"):
+            assert fold[key] == folds[0][key]
+        assert set(fold["diseased"]) - hidden == set(folds[0]["diseased"]) - set(cohort.labelled)
+
+
+def test_no_mask_is_chosen_twice_while_there_are_others() -> None:
+    folds = make_repeats(cohort_of(12, 3, 3), labelled=2, repeats=3)
+    assert len({case for fold in folds for case in fold["train"]}) == 6
+
+
+def test_repeats_keep_patients_together(tmp_path: Path) -> None:
+    owners = {f"labelled_{number:03d}": "abc"[number // 2] for number in range(6)}
+    cohort = with_patients(cohort_of(6, 4, 4), **owners, diseased_000="a", diseased_001="b", diseased_002="c")
+    folds = make_repeats(cohort, labelled=1, repeats=4)
+    for fold in folds:
+        (held_out,) = {owners[case] for case in fold["val"]}
+        assert len(fold["val"]) == 2
+        for case in ("diseased_000", "diseased_001", "diseased_002"):
+            assert (case in fold["val_diseased"]) >= (cohort.cases[case].patient == held_out)
+            assert (case in fold["diseased"]) != (case in fold["val_diseased"])
+    write_splits(tmp_path / "s.json", folds)
+    assert check_splits(tmp_path / "s.json", cohort) == 4
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raw(nnunet_folders: Path) -> Path:
+    """A dataset of label files: four masks, two of them of one patient, two diseased and four healthy cases."""
+    folder = nnunet_folders / "raw" / "Dataset007_Tiny"
+    kinds = {"labelled": (4, 1), "diseased": (2, 2), "healthy": (4, 0)}
+    for kind, (count, value) in kinds.items():
+        for number in range(count):
+            label = np.full((2, 4, 4), value if kind == "diseased" else 0, np.uint8)
+            label[0, 0] = value
+            tiny_dataset.write_image(label, folder / "labelsTr" / f"{kind}_{number}.nii.gz")
+            tiny_dataset.write_image(label, folder / "imagesTr" / f"{kind}_{number}_0000.nii.gz")
+    cases = {"labelled_0": {"patient": "x", "severity": 2}, "labelled_1": {"patient": "x"}}
+    content = {**tiny_dataset.DATASET_JSON, "numTraining": 10, "gasnet": {"cases": cases}}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def run(*words: str) -> str:
+    """Run the command; what it refuses is raised as by `main`."""
+    result = CliRunner().invoke(app, ["splits", "-d", "7", *words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_command_writes_a_split_by_patient_before_planning(raw: Path, nnunet_folders: Path) -> None:
+    output = run()
+    path = nnunet_folders / "preprocessed" / "Dataset007_Tiny" / "splits_final.json"
+    folds = json.loads(path.read_text())
+    assert len(folds) == 3
+    assert [fold["val"] for fold in folds].count(["labelled_0", "labelled_1"]) == 1
+    assert "the patients of 2 of 10 cases" in output
+    assert "-f 0 1 2" in output
+    assert "gasnet-nnunet plan -d 7" in output
+    assert str(path) in output
+    content = path.read_text()
+    assert str(path) in run(), "the same split again is no conflict"
+    assert path.read_text() == content
+
+
+def test_command_repeats_with_other_masks_and_says_what_nnunet_wants(raw: Path, nnunet_folders: Path) -> None:
+    output = run("--labelled", "1", "--repeats", "2")
+    assert "want each case validated in one fold only" in output
+    folds = json.loads((nnunet_folders / "preprocessed" / "Dataset007_Tiny" / "splits_final.json").read_text())
+    assert [len(fold["train"]) for fold in folds] == [1, 1]
+    assert folds[0]["val"] == folds[1]["val"]
+
+
+def test_command_keeps_an_existing_split(raw: Path, nnunet_folders: Path) -> None:
+    run()
+    folder = nnunet_folders / "preprocessed" / "Dataset007_Tiny"
+    path = folder / "splits_final.json"
+    first = path.read_text()
+    with pytest.raises(UserError, match="exists already and is another split"):
+        run("--folds", "2")
+    assert path.read_text() == first
+    assert f"is now {path}.old." in run("--folds", "2", "--overwrite")
+    second = path.read_text()
+    assert (folder / "splits_final.json.old").read_text() == first
+    run("--seed", "3", "--overwrite")
+    assert (folder / "splits_final.json.old").read_text() == first
+    assert (folder / "splits_final.json.old.2").read_text() == second
+
+
+def test_command_minds_trained_models(raw: Path, nnunet_folders: Path) -> None:
+    run()
+    trained = nnunet_folders / "results" / "Dataset007_Tiny" / "GASNetTrainer__GASNetPlans__3d_fullres"
+    for fold in ("fold_1", "fold_all"):
+        (trained / fold).mkdir(parents=True)
+        (trained / fold / "checkpoint_best.pth").touch()
+    run()
+    with pytest.raises(UserError, match="fold_1 were trained on another split") as refused:
+        run("--folds", "2")
+    assert "fold_all" not in str(refused.value)
+    assert "trained on the old split, to which their validation belongs:" in run("--folds", "2", "--overwrite")
+
+
+def test_command_works_where_only_preprocessed_data_are_left(raw: Path, nnunet_folders: Path) -> None:
+    folder = nnunet_folders / "preprocessed" / "Dataset007_Tiny"
+    shutil.copytree(raw / "labelsTr", folder / "gt_segmentations")
+    shutil.copy(raw / "dataset.json", folder)
+    (folder / "GASNetPlans.json").touch()
+    shutil.rmtree(raw)
+    assert "nnUNetv2_train 7 3d_fullres 0 -tr GASNetTrainer" in run("--folds", "2")
+    assert len(json.loads((folder / "splits_final.json").read_text())) == 2
+
+
+def test_command_notices_cases_that_were_added_since_planning(raw: Path, nnunet_folders: Path) -> None:
+    folder = nnunet_folders / "preprocessed" / "Dataset007_Tiny" / "gt_segmentations"
+    shutil.copytree(raw / "labelsTr", folder)
+    assert "other cases than" not in run()
+    (folder / "healthy_3.nii.gz").unlink()
+    assert "has other cases than nnUNet_raw. Plan again" in run()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--folds", "2", "--labelled", "1"], "give either"),
+        (["--repeats", "2"], "--repeats needs --labelled"),
+        (["--folds", "4"], "4 folds were asked for, but there are 4 masks of 3 patients"),
+    ],
+)
+def test_command_refuses_options_that_do_not_fit(raw: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*words)
+
+
+def test_command_names_a_split_in_the_raw_folder(raw: Path) -> None:
+    (raw / "splits_final.json").write_text("[]")
+    with pytest.raises(UserError, match=r"raw/Dataset007_Tiny/splits_final\.json is a split already"):
+        run()
+
+
+def test_patients_must_stand_in_the_details_of_cases(raw: Path) -> None:
+    content = json.loads((raw / "dataset.json").read_text())
+    content["gasnet"]["cases"] = {"labelled_0": "x"}
+    (raw / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="must have"):
+        run()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gasnet_nnunet import __version__
-from gasnet_nnunet.cli import check, convert, demo, doctor, extend, plan
+from gasnet_nnunet.cli import check, convert, demo, doctor, extend, lungs, plan, splits
 from gasnet_nnunet.cli.variadic import VariadicCommand
 from gasnet_nnunet.errors import FILES_REFUSED, UserError
 
@@ -59,6 +59,8 @@ app.add_typer(convert_app, name="convert")
 _register(convert_app, convert.folders, cls=VariadicCommand)
 _register(app, extend.extend)
 _register(app, check.check)
+_register(app, lungs.lungs)
+_register(app, splits.splits)
 _register(app, plan.plan, cls=VariadicCommand)
 
 
