@@ -110,7 +110,10 @@ def convert(
         records = convert_cases(jobs, num_processes, progress=progress)
         problems = [problem for record in records for problem in record.problems] + list(duplicates(sources, records))
         raise_problems(problems, f"the files. {target.name} was not made; sound cases are kept for the next try")
-        classes, notes = _classes(sources, records, unfinished)
+        # Who names the classes knows them all, even if the masks that are kept do not show each.
+        classes, notes = (
+            (list(range(1, len(class_names) + 1)), []) if class_names else _classes(sources, records, unfinished)
+        )
         ignore = len(classes) + 1
         write_constant_labels(jobs, records, ignore, num_processes)
         names = list(class_names) or ["lesion" if len(classes) == 1 else f"lesion_{number}" for number in classes]
@@ -120,7 +123,7 @@ def convert(
             "numTraining": sum(source.kind is not None for source in sources),
             "file_ending": ENDING,
         }
-        if cases := {source.case: dict(source.details) for source in sources if source.details}:
+        if cases := {source.case: source.facts() for source in sources if source.facts()}:
             dataset_json["gasnet"] = {"cases": cases}
         write_json(unfinished / "dataset.json", dataset_json)
         if remark := not_hounsfield(sources, records):

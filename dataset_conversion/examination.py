@@ -132,15 +132,18 @@ def examine(source: Source) -> tuple[Record, Arrays]:
     if problems or grid is None or not images:
         return Record(tuple(problems)), Arrays()
     voxel = float(np.prod(grid.spacing)) / 1000
-    labels, counts = np.unique(mask, return_counts=True) if mask is not None else ([], [])
+    counts: dict[int, int] = {}
+    if mask is not None:
+        labels, numbers = np.unique(mask, return_counts=True)
+        counts = dict(zip(labels.tolist(), numbers.tolist(), strict=True))
     record = Record(
         oddities=tuple(_oddities(source, images[0], grid)),
         digest=digest.hexdigest(),
-        values=frozenset(int(label) for label in labels),
+        values=frozenset(counts),
         grid=grid,
         lowest=float(images[0].min()),
         percentiles=tuple(float(value) for value in np.percentile(images[0][::2, ::2, ::2], (0.5, 50, 99.5))),
-        lesion_ml={int(label): float(n) * voxel for label, n in zip(labels, counts, strict=True) if label},
+        lesion_ml={label: number * voxel for label, number in counts.items() if label},
         lungs_ml=None if lungs is None else float(np.count_nonzero(lungs)) * voxel,
     )
     return record, Arrays(tuple(images), mask, lungs)

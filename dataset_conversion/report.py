@@ -44,8 +44,7 @@ def case_table(sources: Sequence[Source], records: Sequence[Record]) -> pd.DataF
                 "kind": source.kind.value if source.kind else "test",
                 "files": [str(file) for file in source.images],
                 "mask": None if source.mask is None else str(source.mask),
-                "patient": source.patient,
-                **source.details,
+                **source.facts(),
                 "size": list(size),
                 "spacing": list(spacing),
                 "p00_5": record.percentiles[0],
@@ -104,7 +103,7 @@ def _list(title: str, items: Sequence[str]) -> str:
 
 
 def _cases_with(cases: pd.DataFrame, oddity: str, limit: int = 8) -> str:
-    names = [row.case for row in cases.itertuples() if oddity in row.oddities]
+    names = cases.loc[[oddity in oddities for oddities in cases["oddities"]], "case"].tolist()
     return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -135,11 +134,10 @@ def _figures(cases: pd.DataFrame) -> str:
     from matplotlib.figure import Figure
 
     numbers = _numbers(cases)
-    columns = [column for column in numbers if column != "kind" and numbers[column].notna().any()]
+    columns = [str(column) for column in numbers if column != "kind" and numbers[column].notna().any()]
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     for axis, column in zip(figure.subplots(2, 4).flat, columns, strict=False):
-        groups = {str(kind): group.dropna() for kind, group in numbers.groupby("kind")[column]}
-        groups = {kind: group for kind, group in groups.items() if len(group)}
+        groups = {str(kind): group.dropna().to_numpy() for kind, group in numbers.groupby("kind")[column]}
         axis.hist(list(groups.values()), bins=15, stacked=True, label=list(groups))
         axis.set_title(column, fontsize=10)
     for axis in list(figure.axes)[len(columns) :]:

@@ -107,6 +107,10 @@ class Source:
         """The option of the command that named it."""
         return self.named_by or (f"--{self.kind.value}" if self.kind else "--test")
 
+    def facts(self) -> dict[str, Any]:
+        """Patient and details, as `dataset.json` has them."""
+        return {**self.details, **({"patient": self.patient} if self.patient else {})}
+
     def files(self) -> Iterator[Path]:
         """All files that the case is read from."""
         for item in (*self.images, self.mask, self.lungs):

@@ -232,18 +232,9 @@ def cohort_of_files(
     Raises:
         UserError: As in `read_cohort`.
     """
-    labels = declared_labels(dataset_json)
-    overrulings = _overrulings(dataset_json, set(files if known is None else known))
-    counts = _count_all(files, dataset_json, cache, num_processes, progress)
-    patients = _patients(dataset_json)
-    cases, problems = {}, []
-    for identifier in sorted(files):
-        try:
-            case = classify(identifier, counts[identifier], labels, overrulings.get(identifier))
-            cases[identifier] = replace(case, patient=patients.get(identifier))
-        except UserError as problem:
-            problems.append(str(problem))
-    raise_problems(problems, "the label files")
+    cases = classify_files(
+        files, dataset_json, known=known, cache=cache, num_processes=num_processes, progress=progress
+    )
     cohort = Cohort(cases)
     if not cohort.labelled:
         raise UserError(
@@ -256,6 +247,43 @@ def cohort_of_files(
             "with: gasnet-nnunet extend -d N --healthy FOLDER"
         )
     return cohort
+
+
+def classify_files(
+    files: Mapping[str, Path],
+    dataset_json: Mapping[str, Any],
+    *,
+    known: Iterable[str] | None = None,
+    cache: Path | None = None,
+    num_processes: int = 2,
+    progress: bool = False,
+) -> dict[str, Case]:
+    """Tell the kinds of cases apart as `cohort_of_files` does, whether or not they are a cohort to train on.
+
+    Args:
+        files: As in `cohort_of_files`.
+        dataset_json: As in `cohort_of_files`.
+        known: As in `cohort_of_files`.
+        cache: As in `read_cohort`.
+        num_processes: As in `read_cohort`.
+        progress: As in `read_cohort`.
+
+    Raises:
+        UserError: As in `read_cohort`, but for the last two.
+    """
+    labels = declared_labels(dataset_json)
+    overrulings = _overrulings(dataset_json, set(files if known is None else known))
+    counts = _count_all(files, dataset_json, cache, num_processes, progress)
+    patients = _patients(dataset_json)
+    cases, problems = {}, []
+    for identifier in sorted(files):
+        try:
+            case = classify(identifier, counts[identifier], labels, overrulings.get(identifier))
+            cases[identifier] = replace(case, patient=patients.get(identifier))
+        except UserError as problem:
+            problems.append(str(problem))
+    raise_problems(problems, "the label files")
+    return cases
 
 
 @dataclass(frozen=True)
