@@ -1,9 +1,9 @@
-"""`gasnet-nnunet convert folders`: plain folders of CTs made into an nnU-Net dataset."""
+"""`gasnet-nnunet convert`: folders of CTs, tables that name them, and archives made into nnU-Net datasets."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,14 +11,17 @@ from rich.markup import escape
 
 from gasnet_nnunet.errors import UserError
 
+if TYPE_CHECKING:
+    from gasnet_nnunet.dataset_conversion.conversion import Converted
+
 
 def folders(
     dataset_id: Annotated[int, typer.Option("--id", help="nnU-Net's id of the new dataset, 1 to 999.")],
     name: Annotated[str, typer.Option(help="Its name: letters, digits, '_' and '-'.")],
     labelled: Annotated[
-        tuple[Path, Path], typer.Option(metavar="IMAGES MASKS", help="CTs with lesion masks; one is enough.")
-    ],
-    healthy: Annotated[Path, typer.Option(metavar="IMAGES", help="CTs without lesions.")],
+        tuple[Path, Path] | None, typer.Option(metavar="IMAGES MASKS", help="CTs with lesion masks; one is enough.")
+    ] = None,
+    healthy: Annotated[Path | None, typer.Option(metavar="IMAGES", help="CTs without lesions.")] = None,
     diseased: Annotated[
         Path | None, typer.Option(metavar="IMAGES", help="CTs of patients known to have the disease, without masks.")
     ] = None,
@@ -28,6 +31,14 @@ def folders(
     ] = None,
     lungs: Annotated[
         Path | None, typer.Option(metavar="MASKS", help="Lung masks of training cases, instead of computed ones.")
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table (.csv, .xlsx) of cases, alone or beside the folders; columns: image, kind, mask, lungs, "
+            "patient, case.",
+        ),
     ] = None,
     rescale: Annotated[
         tuple[float, float, float, float] | None,
@@ -39,7 +50,7 @@ def folders(
     """Make an nnU-Net dataset out of folders of CTs: NIfTI, anything else SimpleITK reads, or DICOM.
 
     A file is a case and its name the case's name; an image and its mask have the same name. DICOM: a folder for each
-    case. All files are checked before anything is written.
+    case. Needed are --labelled and --healthy, or a --manifest. The dataset appears when all files were found sound.
 
     Raises:
         UserError: nnUNet_raw is not set, the id is taken, or files cannot be used.
@@ -59,11 +70,70 @@ def folders(
         test=test_images,
         test_masks=test_masks,
         lungs=lungs,
+        manifest=manifest,
         rescaling=Rescaling(*rescale) if rescale else None,
         overwrite=overwrite,
         num_processes=num_processes,
         progress=True,
     )
+    _tell(converted, dataset_id)
+
+
+def dicom(
+    dataset_id: Annotated[int, typer.Option("--id", help="nnU-Net's id of the new dataset, 1 to 999.")],
+    name: Annotated[str, typer.Option(help="Its name: letters, digits, '_' and '-'.")],
+    root: Annotated[Path, typer.Option("--in", metavar="ROOT", help="Folder of the studies, searched to its depths.")],
+    manifest: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Table (.csv, .xlsx); columns: path, PatientID, StudyInstanceUID or SeriesInstanceUID; diagnosis; and "
+            "if wanted series, mask, structures.",
+        ),
+    ],
+    kernel: Annotated[
+        str, typer.Option(metavar="soft|lung", help="Kernel to prefer where a study has series of both kinds.")
+    ] = "soft",
+    seed: Annotated[
+        int | None, typer.Option(help="Number the cases in an order drawn with this seed, not in that of the rows.")
+    ] = None,
+    link_table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="Also write who is who, outside of nnU-Net's folders. Keep it safe."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a dataset of this id and name, and an old link table.")
+    ] = False,
+    num_processes: Annotated[int, typer.Option(min=1, help="Cases read and written at a time.")] = 2,
+) -> None:
+    """Make an nnU-Net dataset out of DICOM studies and a table of diagnoses, without patient data.
+
+    The table says of each scan whether it is labelled, diseased, healthy or test. The chest series of its study is
+    taken by a rule that the command prints. Cases and patients get pseudonyms.
+
+    Raises:
+        UserError: nnUNet_raw is not set, the id is taken, or the table or a series cannot be used.
+    """
+    from gasnet_nnunet.dataset_conversion.dicom import convert_dicom
+
+    converted = convert_dicom(
+        dataset_id=dataset_id,
+        name=name,
+        root=root,
+        manifest=manifest,
+        kernel=kernel,
+        seed=seed,
+        link_table=link_table,
+        overwrite=overwrite,
+        num_processes=num_processes,
+        progress=True,
+    )
+    _tell(converted, dataset_id)
+    if link_table:
+        Console(highlight=False, soft_wrap=True).print(f"Who is who: {escape(str(link_table))}")
+
+
+def _tell(converted: Converted, dataset_id: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     counts = ", ".join(f"{number} {kind}" for kind, number in converted.counts.items())
     console.print(f"Made {escape(str(converted.folder))}: {counts}.")
