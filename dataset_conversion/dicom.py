@@ -113,7 +113,7 @@ def kernel_kind(kernel: str) -> str | None:
         return "lung"
     if re.search(r"STANDARD|STND|SOFT|DETAIL|CHEST|SMOOTH", kernel):
         return "soft"
-    if match := re.match(r"(?:[BIHTJUD][A-Z]?)(\d\d)", kernel):  # Siemens: the higher the sharper
+    if match := re.match(r"(?:[BDHIJQTU][A-Z]?)(\d\d)", kernel):  # Siemens: the higher the sharper
         return "lung" if int(match[1]) >= 50 else "soft"
     if match := re.match(r"FC(\d\d)", kernel):  # Canon, Toshiba: 1 to 29 are for the body
         return "lung" if int(match[1]) >= 30 else "soft"
@@ -322,6 +322,8 @@ def _mask(row: Row, folders: Sequence[Path]) -> tuple[Path | None, MaskHeader | 
         header = read_mask_header(path)
         if header is None:
             read_grid(path)
+            if "structures" in row.cells:
+                raise UserError(f"{path} is no DICOM file, so it has no structures. Empty that cell.")
             return path, None, ()
     except UserError as error:
         raise UserError(f"{row.named}: {error}") from None

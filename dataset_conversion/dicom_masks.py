@@ -38,7 +38,7 @@ class VolumeMask:
     grid: Grid
 
     def __str__(self) -> str:
-        return f"the mask of {self.case}"
+        return f"{self.case} (mask)"
 
     def files(self) -> Sequence[Path]:
         """The file."""
@@ -144,7 +144,7 @@ class DicomMask:
     structures: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"the mask of {self.case}"
+        return f"{self.case} (mask)"
 
     def files(self) -> Sequence[Path]:
         """The file."""

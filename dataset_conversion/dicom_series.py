@@ -18,8 +18,8 @@ from gasnet_nnunet.volumes import DIRECTION_TOLERANCE, SPACING_TOLERANCE, Grid
 
 BATCH = 200
 """Headers that a worker reads at a time."""
-AXIAL_COSINE = 0.9
-"""Least cosine between the slices' normal and the body's axis; tilted gantries reach 30 degrees, a cosine of 0.87."""
+AXIAL_COSINE = 0.8
+"""Least cosine between the slices' normal and the body's axis; gantries are tilted by up to 30 degrees, 0.87."""
 UNEVEN = 0.25
 """Share of a slice distance by which a slice may lie off an even stack; positions are often rounded to 0.1 mm."""
 TAGS = [
@@ -270,9 +270,10 @@ def _unevenness(slices: Sequence[Slice], positions: NDArray[Any], up: NDArray[An
         first = int(gaps[0])
         missing = sum(max(1, round(float(step) / usual) - 1) for step in steps[gaps])
         low, high = positions[first][2], positions[first + 1][2]
+        more = f" (the first of {len(gaps)} gaps)" if len(gaps) > 1 else ""
         return (
-            f"about {missing} slices are missing in {len(gaps)} gaps: there is none between z = {low:.2f} and "
-            f"{high:.2f} mm, {usual:.3g} mm apart elsewhere. Have it exported again, or name another series."
+            f"slices are missing (about {missing}): there is none between z = {low:.2f} and {high:.2f} mm{more}, "
+            f"elsewhere they are {usual:.3g} mm apart. Have it exported again, or name another series."
         )
     even = np.linspace(0, heights[-1], len(heights))
     off = np.abs(heights - even)
@@ -309,7 +310,7 @@ class DicomVolume:
     flipped: bool
 
     def __str__(self) -> str:
-        return f"the series of {self.case}"
+        return f"{self.case} (DICOM series)"
 
     def files(self) -> Sequence[Path]:
         """Its files, from the lowest to the highest slice."""

@@ -64,7 +64,7 @@ def read_manifest(path: Path, columns: Sequence[str], required: Sequence[str]) -
     missing = [column for column in required if column not in names]
     if missing:
         raise UserError(
-            f"{path} has no column '{missing[0]}'; its first row holds {', '.join(filter(None, names))}. The columns "
+            f"{path} has no column '{missing[0]}'; its first row holds {', '.join(filter(None, header))}. The columns "
             f"are {', '.join(columns)}."
         )
     rows = []

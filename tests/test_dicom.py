@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
+import pickle
 import random
 import stat
 from collections.abc import Callable, Sequence
@@ -102,10 +104,10 @@ def write_series(
         dataset.ImageOrientationPatient = [*direction[:, 0], *direction[:, 1]]
         dataset.ImagePositionPatient = [*np.round(np.array(grid.origin) + z * grid.spacing[2] * direction[:, 2], 4)]
         dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
-        dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, "MONOCHROME2", 0
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, "MONOCHROME2", 1
         dataset.BitsAllocated = dataset.BitsStored = 16
         dataset.HighBit = 15
-        dataset.PixelData = (plane.astype(np.int32) + 1024).astype(np.uint16).tobytes()
+        dataset.PixelData = (plane + 1024).astype(np.int16).tobytes()
         for tag, value in tags.items():
             setattr(dataset, tag, value)
         if change:
@@ -330,6 +332,12 @@ def shear(dataset: Dataset, z: int) -> None:
     dataset.ImagePositionPatient = [GRID.origin[0], GRID.origin[1] + z, GRID.origin[2] + 5 * z]
 
 
+def tilt(dataset: Dataset, z: int) -> None:
+    """Slices tilted by 15 degrees, while the table moves along the body."""
+    dataset.ImageOrientationPatient = [1, 0, 0, 0, round(math.cos(math.pi / 12), 6), round(math.sin(math.pi / 12), 6)]
+    dataset.ImagePositionPatient = [*GRID.origin[:2], GRID.origin[2] + 5 * z]
+
+
 def crowd(dataset: Dataset, z: int) -> None:
     dataset.ImagePositionPatient = [*GRID.origin[:2], 4.6 * z if z < 16 else 73.6 + 5.2 * (z - 16)]
 
@@ -349,6 +357,7 @@ def only(number: int, **tags: Any) -> Callable[[Dataset, int], None]:
     ("change", "message"),
     [
         (shear, r"gantry was tilted: its slices are shifted against each other by 31 mm in all \(11.3 degrees\)"),
+        (tilt, r"gantry was tilted: .* \(15.0 degrees\)"),
         (crowd, r"4.6 to 5.2 mm apart"),
         (only(4, ImagePositionPatient=[-10, 20, -15]), r"1 of its positions occur twice, e.g. in .*IM\d+ and .*IM\d+"),
         (only(4, Rows=8, PixelData=bytes(2 * 8 * 11)), r"several sizes \(11 x 8 and 11 x 9\)"),
@@ -374,8 +383,8 @@ def test_missing_slices_are_refused(archive: Path) -> None:
     with pytest.raises(UserError) as caught:
         convert()
     message = str(caught.value)
-    assert "series 1.2.3.2.2 (number 2): about 3 slices are missing in 2 gaps" in message
-    assert "between z = 25.00 and 35.00 mm, 5 mm apart elsewhere" in message
+    assert "series 1.2.3.2.2 (number 2): slices are missing (about 3): there is none" in message
+    assert "between z = 25.00 and 35.00 mm (the first of 2 gaps), elsewhere they are 5 mm apart" in message
     assert "The rule may also take 5 (a chest CT)" in message
 
 
@@ -458,6 +467,7 @@ def refuse(archive: Path, message: str) -> None:
         ({"mask": {1: "nowhere.nii"}}, r"row 2: there is no mask file nowhere.nii"),
         ({"mask": {1: "readme.txt"}}, r"row 2: .*readme.txt cannot be read as an image"),
         ({"diagnosis": {9: "healthy"}}, r"row 6: no DICOM series under in has the PatientID MRN-0815-9.*leading zeros"),
+        ({"structures": {1: "Lung"}}, r"row 2: .*mask1.nii.gz is no DICOM file, so it has no structures"),
         ({"path": {2: "Müller3"}}, r"row 3: no DICOM series under in has the PatientID MRN-0815-2"),
         ({"path": {2: "Nobody"}}, r"row 3: no DICOM series under in has the path Nobody"),
         ({"series": {2: "8"}}, r"row 3: 0 series of the scan have the number or UID 8 .* there are 2 \(a chest CT\)"),
@@ -568,7 +578,9 @@ def test_only_headers_are_read_while_scanning(archive: Path) -> None:
     found, others = scan(archive / "in")
     assert [len(series.slices) for series in found] == [32] * 4
     assert others == 2
-    assert str(found[0].volume("case_0001")) == "the series of case_0001"
+    volume = found[0].volume("case_0001")
+    assert str(volume) == "case_0001 (DICOM series)"
+    assert pickle.loads(pickle.dumps(volume)) == volume, "workers get it"
 
 
 def sources(archive: Path, patient: int = 1) -> list[Dataset]:
