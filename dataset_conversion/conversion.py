@@ -176,8 +176,8 @@ def convert_case(job: WriteJob) -> Record:
         if arrays.lungs is not None:
             _write(job, f"lungs{split}", source.case, arrays.lungs, grid)
         thumbnail(job.record.with_suffix(".png"), arrays, grid.spacing)
-    job.record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(job.record, {"stamp": _stamp(source), **record.to_json()})
+        # Of sound cases only: the others are read again anyway, and a problem may name a file that names a patient.
+        write_json(job.record, {"stamp": _stamp(source), **record.to_json()})
     return record
 
 
@@ -186,7 +186,7 @@ def _known(job: WriteJob) -> Record | None:
     if not job.record.is_file():
         return None
     content = json.loads(job.record.read_text())
-    if content.pop("stamp") != _stamp(job.source) or content["problems"]:
+    if content.pop("stamp") != _stamp(job.source):
         return None
     return Record.from_json(content)
 

@@ -1,4 +1,4 @@
-"""Plain folders of CTs made into an nnU-Net dataset that holds the three kinds of case."""
+"""Folders of CTs, or a table that names them, made into an nnU-Net dataset that holds the three kinds of case."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from gasnet_nnunet.cohort import Kind, raise_problems
 from gasnet_nnunet.errors import UserError
 
 from .conversion import Converted, check_target, convert
+from .manifest import manifest_sources, missing_kinds
 from .sources import Rescaling, Source, find_volumes, pair
 
 
@@ -16,12 +17,13 @@ def convert_folders(
     *,
     dataset_id: int,
     name: str,
-    labelled: tuple[Path, Path],
-    healthy: Path,
+    labelled: tuple[Path, Path] | None = None,
+    healthy: Path | None = None,
     diseased: Path | None = None,
     test: Path | None = None,
     test_masks: Path | None = None,
     lungs: Path | None = None,
+    manifest: Path | None = None,
     rescaling: Rescaling | None = None,
     overwrite: bool = False,
     num_processes: int = 2,
@@ -38,6 +40,7 @@ def convert_folders(
         test: Folder of CTs to test on.
         test_masks: Folder of their lesion masks.
         lungs: Folder of lung masks for some or all training cases, to be used instead of computed ones.
+        manifest: Table of further cases, see `manifest_sources`; with it no folder is needed.
         rescaling: Map of the images' values to HU.
         overwrite: Replace a dataset of the same id and name.
         num_processes: Cases read and written at a time.
@@ -49,12 +52,20 @@ def convert_folders(
     check_target(dataset_id, name, overwrite)
     if test_masks and not test:
         raise UserError(f"{test_masks} holds test masks, but there is no --test IMAGES.")
+    if not manifest and not (labelled and healthy):
+        raise UserError(
+            "Name the cases: --labelled IMAGES MASKS and --healthy IMAGES, or --manifest FILE, or both folders and a "
+            "manifest."
+        )
     sources, problems = _collect(labelled, diseased, healthy, test, test_masks, lungs)
     raise_problems(problems, "the folders")
+    if manifest:
+        sources += manifest_sources(manifest)
     return convert(
         [replace(source, rescaling=rescaling) for source in sources],
         dataset_id=dataset_id,
         name=name,
+        remarks=missing_kinds(sources),
         overwrite=overwrite,
         num_processes=num_processes,
         progress=progress,
@@ -62,9 +73,9 @@ def convert_folders(
 
 
 def _collect(
-    labelled: tuple[Path, Path],
+    labelled: tuple[Path, Path] | None,
     diseased: Path | None,
-    healthy: Path,
+    healthy: Path | None,
     test: Path | None,
     test_masks: Path | None,
     lungs: Path | None,
@@ -73,7 +84,7 @@ def _collect(
     problems: list[str] = []
     lung_masks = find_volumes(lungs, "--lungs") if lungs else {}
     groups: list[tuple[Kind | None, Path | None, Path | None]] = [
-        (Kind.LABELLED, labelled[0], labelled[1]),
+        (Kind.LABELLED, *(labelled or (None, None))),
         (Kind.DISEASED, diseased, None),
         (Kind.HEALTHY, healthy, None),
         (None, test, test_masks),

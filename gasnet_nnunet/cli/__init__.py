@@ -58,6 +58,7 @@ _register(app, demo.demo)
 app.add_typer(convert_app, name="convert")
 for _command in (convert.folders, convert.covid19_ct_seg, convert.medseg, convert.mosmed, convert.merge):
     _register(convert_app, _command, cls=VariadicCommand)
+_register(convert_app, convert.dicom)
 _register(app, extend.extend)
 _register(app, check.check)
 _register(app, lungs.lungs)

@@ -1,4 +1,4 @@
-"""`gasnet-nnunet convert`: plain folders of CTs, public datasets and other nnU-Net datasets made into one."""
+"""`gasnet-nnunet convert`: folders, tables, archives, public data and other datasets made into nnU-Net datasets."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def folders(
     dataset_id: DatasetId,
     name: Name,
     labelled: Annotated[
-        tuple[Path, Path], typer.Option(metavar="IMAGES MASKS", help="CTs with lesion masks; one is enough.")
-    ],
-    healthy: Annotated[Path, typer.Option(metavar="IMAGES", help="CTs without lesions.")],
+        tuple[Path, Path] | None, typer.Option(metavar="IMAGES MASKS", help="CTs with lesion masks; one is enough.")
+    ] = None,
+    healthy: Annotated[Path | None, typer.Option(metavar="IMAGES", help="CTs without lesions.")] = None,
     diseased: Annotated[
         Path | None, typer.Option(metavar="IMAGES", help="CTs of patients known to have the disease, without masks.")
     ] = None,
@@ -48,6 +48,14 @@ def folders(
     ] = None,
     lungs: Annotated[
         Path | None, typer.Option(metavar="MASKS", help="Lung masks of training cases, instead of computed ones.")
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table (.csv, .xlsx) of cases, alone or beside the folders; columns: image, kind, mask, lungs, "
+            "patient, case.",
+        ),
     ] = None,
     rescale: Annotated[
         tuple[float, float, float, float] | None,
@@ -59,7 +67,7 @@ def folders(
     """Make an nnU-Net dataset out of folders of CTs: NIfTI, anything else SimpleITK reads, or DICOM.
 
     A file is a case and its name the case's name; an image and its mask have the same name. DICOM: a folder for each
-    case. All files are checked before anything is written.
+    case. Needed are --labelled and --healthy, or a --manifest. The dataset appears when all files were found sound.
 
     Raises:
         UserError: nnUNet_raw is not set, the id is taken, or files cannot be used.
@@ -79,6 +87,7 @@ def folders(
         test=test_images,
         test_masks=test_masks,
         lungs=lungs,
+        manifest=manifest,
         rescaling=Rescaling(*rescale) if rescale else None,
         overwrite=overwrite,
         num_processes=num_processes,
@@ -206,6 +215,60 @@ def merge(
         one_lesion_class=lesion_classes is not None,
     )
     _tell(converted, dataset_id)
+
+
+def dicom(
+    dataset_id: DatasetId,
+    name: Name,
+    root: Annotated[Path, typer.Option("--in", metavar="ROOT", help="Folder of the studies, searched to its depths.")],
+    manifest: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Table (.csv, .xlsx); columns: path, PatientID, StudyInstanceUID or SeriesInstanceUID; diagnosis; and "
+            "if wanted series, mask, structures.",
+        ),
+    ],
+    kernel: Annotated[
+        str, typer.Option(metavar="soft|lung", help="Kernel to prefer where a study has series of both kinds.")
+    ] = "soft",
+    seed: Annotated[
+        int | None, typer.Option(help="Number the cases in an order drawn with this seed, not in that of the rows.")
+    ] = None,
+    link_table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="Also write who is who, outside of nnU-Net's folders. Keep it safe."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a dataset of this id and name, and an old link table.")
+    ] = False,
+    num_processes: NumProcesses = 2,
+) -> None:
+    """Make an nnU-Net dataset out of DICOM studies and a table of diagnoses, without patient data.
+
+    The table says of each scan whether it is labelled, diseased, healthy or test. The chest series of its study is
+    taken by a rule that the command prints. Cases and patients get pseudonyms.
+
+    Raises:
+        UserError: nnUNet_raw is not set, the id is taken, or the table or a series cannot be used.
+    """
+    from gasnet_nnunet.dataset_conversion.dicom import convert_dicom
+
+    converted = convert_dicom(
+        dataset_id=dataset_id,
+        name=name,
+        root=root,
+        manifest=manifest,
+        kernel=kernel,
+        seed=seed,
+        link_table=link_table,
+        overwrite=overwrite,
+        num_processes=num_processes,
+        progress=True,
+    )
+    _tell(converted, dataset_id)
+    if link_table:
+        Console(highlight=False, soft_wrap=True).print(f"Who is who: {escape(str(link_table))}")
 
 
 def _tell(converted: Converted, dataset_id: int) -> None:
