@@ -107,7 +107,9 @@ def examine(source: Source) -> tuple[Record, Arrays]:
         except UserError as error:
             problems.append(f"{source.option}: {error}")
             continue
-        digest.update(str(image.shape).encode() + image.astype(np.float32).tobytes())
+        digest.update(str(image.shape).encode())
+        for plane in image:
+            digest.update(np.ascontiguousarray(plane, dtype=np.float32).data)
         low, high = float(image.min()), float(image.max())
         if grid is None:
             grid = found

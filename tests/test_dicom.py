@@ -137,7 +137,7 @@ def manifest(base: Path, **cells: dict[int, str]) -> None:
     rows = [["Patient ID", "Diagnosis", *columns]]
     for patient, diagnosis in diagnoses.items():
         rows.append([f"MRN-0815-{patient}", diagnosis, *(cells.get(patient, "") for cells in columns.values())])
-    with (base / "cases.csv").open("w", newline="") as file:
+    with (base / "cases.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter=";").writerows(rows)
 
 
@@ -228,7 +228,7 @@ def test_nothing_of_the_patients_is_carried_over(archive: Path) -> None:
         for secret in (*SECRETS, "1.2.3.", "cases.csv"):
             assert secret not in str(path.relative_to(archive)), secret
             assert secret not in text, (path, secret)
-    with (archive / "who.csv").open() as file:
+    with (archive / "who.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows[1] == {
         "case": "case_0002",

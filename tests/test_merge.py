@@ -84,7 +84,7 @@ def test_everything_is_taken_along(two: Path) -> None:
     np.testing.assert_array_equal(values(merged / "labelsTs" / "t1.nii.gz"), mask(0, 0, 0, 1))
     assert details(merged)["502_D_c1"] == {"dataset": "Dataset502_D", "severity": "CT-1"}
     assert details(merged)["c2"] == {"dataset": "Dataset501_A"}
-    assert details(merged)["t1"] == {"dataset": "Dataset502_D", "severity": "CT-2", "patient": "p1"}
+    assert details(merged)["t1"] == {"dataset": "Dataset502_D", "severity": "CT-2", "patient": "Dataset502_D: p1"}
 
 
 def test_volume_level_data_gives_up_its_masks(two: Path) -> None:
