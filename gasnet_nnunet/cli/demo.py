@@ -61,21 +61,40 @@ class DemoSize:
     seed: int = 0
 
 
+SMALL_ADVERSARY = {
+    "discriminator_steps": 1,
+    "generator_features": 4,
+    "generator_residual_blocks": 1,
+    "discriminator_features": 4,
+}
 FULL = DemoSize(
-    patients={"labelled": 1, "diseased": 12, "healthy": 12, "test_diseased": 6, "test_healthy": 3},
-    size=(32, 84, 84),
-    spacing=(6.25, 4.0, 4.0),
-    patch=(24, 64, 64),
-    features=8,
-    settings={"num_epochs": 20, "iterations_per_epoch": 15, "discriminator_steps": 1, "gallery_every_epochs": 10},
-)
-QUICK = DemoSize(
-    patients={"labelled": 1, "diseased": 8, "healthy": 8, "test_diseased": 4, "test_healthy": 2},
+    patients={"labelled": 1, "diseased": 12, "healthy": 12, "test_diseased": 8, "test_healthy": 3},
     size=(26, 68, 68),
     spacing=(7.7, 5.0, 5.0),
-    patch=(16, 40, 40),
+    patch=(16, 48, 48),
     features=8,
-    settings={"num_epochs": 6, "iterations_per_epoch": 20, "discriminator_steps": 1, "gallery_every_epochs": 3},
+    settings={
+        "num_epochs": 12,
+        "iterations_per_epoch": 40,
+        "pseudo_start": 0.4,
+        "gallery_every_epochs": 4,
+        **SMALL_ADVERSARY,
+    },
+    seed=1,
+)
+QUICK = DemoSize(
+    patients={"labelled": 1, "diseased": 8, "healthy": 8, "test_diseased": 8, "test_healthy": 3},
+    size=(26, 68, 68),
+    spacing=(7.7, 5.0, 5.0),
+    patch=(12, 32, 32),
+    features=8,
+    settings={
+        "num_epochs": 8,
+        "iterations_per_epoch": 36,
+        "pseudo_start": 0.4,
+        "gallery_every_epochs": 4,
+        **SMALL_ADVERSARY,
+    },
 )
 
 
