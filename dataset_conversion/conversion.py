@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,45 @@ class WriteJob:
     ending: str = ENDING
 
     @property
+    def split(self) -> str:
+        """nnU-Net's ending of folders: "Tr" of training cases, "Ts" of test cases."""
+        return "Tr" if self.source.kind else "Ts"
+
+    @property
     def record(self) -> Path:
         """What is known about the case once its files are written."""
-        return self.folder / "records" / ("Tr" if self.source.kind else "Ts") / f"{self.source.case}.json"
+        return self.folder / "records" / self.split / f"{self.source.case}.json"
+
+    @property
+    def images(self) -> list[Path]:
+        """Its channels."""
+        names = (f"{self.source.case}_{channel:04d}" for channel in range(len(self.source.images)))
+        return [self._path(f"images{self.split}", name) for name in names]
+
+    @property
+    def mask(self) -> Path:
+        """Its mask, if it has one; that of a diseased case is kept aside."""
+        hidden = self.source.kind is Kind.DISEASED
+        return self._path(HIDDEN_MASKS if hidden else f"labels{self.split}", self.source.case)
+
+    @property
+    def label(self) -> Path:
+        """Its label file, if it is a training case."""
+        return self._path("labelsTr", self.source.case)
+
+    @property
+    def lungs(self) -> Path:
+        """Its lung mask, if it has one."""
+        return self._path(f"lungs{self.split}", self.source.case)
+
+    @property
+    def outputs(self) -> list[Path]:
+        """All files that `convert_case` writes."""
+        masks = [path for path, source in ((self.mask, self.source.mask), (self.lungs, self.source.lungs)) if source]
+        return [*self.images, *masks]
+
+    def _path(self, folder: str, name: str) -> Path:
+        return self.folder / folder / f"{name}{self.ending}"
 
 
 def convert(
@@ -102,7 +138,10 @@ def convert(
     target = check_target(dataset_id, name, overwrite)
     problems = [*same_names(source for source in sources if source.kind)]
     problems += same_names(source for source in sources if not source.kind)
-    raise_problems([*problems, *same_patients(sources)], "the cases")
+    # What is known of a case is filed under its name alone.
+    problems += same_names(source for source in sources if source.facts())
+    problems += [*same_patients(sources), *_inside(sources, target)]
+    raise_problems(list(dict.fromkeys(problems)), "the cases")
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -111,9 +150,7 @@ def convert(
         problems = [problem for record in records for problem in record.problems] + list(duplicates(sources, records))
         raise_problems(problems, f"the files. {target.name} was not made; sound cases are kept for the next try")
         # Who names the classes knows them all, even if the masks that are kept do not show each.
-        classes, notes = (
-            (list(range(1, len(class_names) + 1)), []) if class_names else _classes(sources, records, unfinished)
-        )
+        classes, notes = (list(range(1, len(class_names) + 1)), []) if class_names else _classes(jobs, records)
         ignore = len(classes) + 1
         write_constant_labels(jobs, records, ignore, num_processes)
         names = list(class_names) or ["lesion" if len(classes) == 1 else f"lesion_{number}" for number in classes]
@@ -130,7 +167,7 @@ def convert(
             notes.append(remark)
         everything = [*remarks, *notes]
         write_report(unfinished, target.name, sources, records, everything)
-        _clear(unfinished, sources)
+        _clear(unfinished, jobs)
         _put_in_place(unfinished, target)
     except OSError as error:
         raise UserError(f"{target} could not be written: {error}. Repeat the command to go on.") from None
@@ -164,26 +201,25 @@ def convert_case(job: WriteJob) -> Record:
     Raises:
         UserError: A file could not be written.
     """
-    source, split = job.source, "Tr" if job.source.kind else "Ts"
-    record, arrays = examine(source)
+    record, arrays = examine(job.source)
     if not record.problems:
         grid = record.grid
-        for channel, image in enumerate(arrays.images):
-            _write(job, f"images{split}", f"{source.case}_{channel:04d}", storable(image), grid)
+        for path, image in zip(job.images, arrays.images, strict=True):
+            _write(path, storable(image), grid)
         if arrays.mask is not None:
-            folder = HIDDEN_MASKS if source.kind is Kind.DISEASED else f"labels{split}"
-            _write(job, folder, source.case, arrays.mask, grid)
+            _write(job.mask, arrays.mask, grid)
         if arrays.lungs is not None:
-            _write(job, f"lungs{split}", source.case, arrays.lungs, grid)
+            _write(job.lungs, arrays.lungs, grid)
         thumbnail(job.record.with_suffix(".png"), arrays, grid.spacing)
         # Of sound cases only: the others are read again anyway, and a problem may name a file that names a patient.
-        write_json(job.record, {"stamp": _stamp(source), **record.to_json()})
+        write_json(job.record, {"stamp": _stamp(job.source), **record.to_json()})
     return record
 
 
 def _known(job: WriteJob) -> Record | None:
     """What an earlier try found out about a case whose files have not changed since."""
-    if not job.record.is_file():
+    files = [job.record, job.record.with_suffix(".png"), *job.outputs]
+    if not all(path.is_file() and path.stat().st_size for path in files):
         return None
     content = json.loads(job.record.read_text())
     if content.pop("stamp") != _stamp(job.source):
@@ -199,25 +235,24 @@ def _stamp(source: Source) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _write(job: WriteJob, folder: str, name: str, array: NDArray[Any], grid: Grid) -> None:
-    path = job.folder / folder / f"{name}{job.ending}"
+def _write(path: Path, array: NDArray[Any], grid: Grid) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_volume(path, array, grid)
 
 
-def _classes(sources: Sequence[Source], records: Sequence[Record], folder: Path) -> tuple[list[int], list[str]]:
+def _classes(jobs: Sequence[WriteJob], records: Sequence[Record]) -> tuple[list[int], list[str]]:
     """Lesion labels 1, 2, ..., and what to tell the user about them."""
     lesions = sorted({value for record in records for value in record.values} - {0})
     if len(lesions) == 1 and lesions != [1]:
-        for source in sources:
-            for name in ("labelsTr", "labelsTs", HIDDEN_MASKS):
-                path = folder / name / f"{source.case}{ENDING}"
-                if source.mask and path.is_file():
-                    mask, grid = read_volume(path)
-                    write_volume(path, (mask > 0).astype(np.uint8), grid)
+        for job in jobs:
+            if job.source.mask:
+                # What is written from here on no longer is what the record says.
+                job.record.unlink()
+                mask, grid = read_volume(job.mask)
+                write_volume(job.mask, (mask > 0).astype(np.uint8), grid)
         return [1], [f"the masks' value {lesions[0]} was stored as label 1."]
     if lesions != list(range(1, len(lesions) + 1)):
-        example = {value: source for source, record in zip(sources, records, strict=True) for value in record.values}
+        example = {value: job.source for job, record in zip(jobs, records, strict=True) for value in record.values}
         listed = ", ".join(f"{value} (e.g. in {example[value].mask})" for value in lesions[:8])
         raise UserError(
             f"The masks hold the lesion values {listed}. nnU-Net wants consecutive ones: 1, or 1, 2, ... for several "
@@ -239,9 +274,8 @@ def write_constant_labels(jobs: Sequence[WriteJob], records: Sequence[Record], i
     for job, record in zip(jobs, records, strict=True):
         kind = job.source.kind
         if kind is Kind.DISEASED or (kind is Kind.HEALTHY and not job.source.mask):
-            path = job.folder / "labelsTr" / f"{job.source.case}{job.ending}"
-            path.parent.mkdir(exist_ok=True)
-            labels.append(_LabelJob(path, ignore if kind is Kind.DISEASED else 0, record.grid))
+            job.label.parent.mkdir(exist_ok=True)
+            labels.append(_LabelJob(job.label, ignore if kind is Kind.DISEASED else 0, record.grid))
     run_jobs(_write_constant, labels, num_processes=num_processes)
 
 
@@ -249,15 +283,24 @@ def _write_constant(job: _LabelJob) -> None:
     write_volume(job.path, np.full(job.grid.size[::-1], job.value, np.uint8), job.grid)
 
 
-def _clear(folder: Path, sources: Sequence[Source]) -> None:
-    """Take away what earlier tries with other cases left, and the records."""
+def _clear(folder: Path, jobs: Sequence[WriteJob]) -> None:
+    """Take away the records and what earlier tries with other cases or options left."""
     shutil.rmtree(folder / "records")
-    names = {split: {s.case for s in sources if bool(s.kind) is (split == "Tr")} for split in ("Tr", "Ts")}
+    kept = {path for job in jobs for path in job.outputs} | {job.label for job in jobs if job.source.kind}
     for path in folder.glob("*T[rs]/*"):
-        case = path.name.removesuffix(ENDING)
-        case = re.sub(r"_\d{4}$", "", case) if path.parent.name.startswith("images") else case
-        if case not in names[path.parent.name[-2:]]:
+        if path not in kept:
             path.unlink()
+    for path in folder.glob("*T[rs]"):
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _inside(sources: Sequence[Source], target: Path) -> Iterator[str]:
+    """A sentence if the dataset to be replaced holds what it is to be made from."""
+    if target.exists():
+        inside = [path for source in sources for path in source.files() if target.resolve() in path.resolve().parents]
+        if inside:
+            yield f"{inside[0]} lies in {target}, which would be replaced. Copy them elsewhere, or choose another --id."
 
 
 def check_target(dataset_id: int, name: str, overwrite: bool) -> Path:
@@ -300,8 +343,8 @@ def _stale(target: Path) -> str | None:
 
 def _put_in_place(unfinished: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     unfinished.rename(target)
     shutil.rmtree(old, ignore_errors=True)

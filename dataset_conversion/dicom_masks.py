@@ -94,6 +94,8 @@ def read_mask_header(file: Path) -> MaskHeader | None:
         dataset = dcmread(file, stop_before_pixels=True, defer_size="1 MB")
     except InvalidDicomError:
         return None
+    except (EOFError, OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Have it exported again.") from None
     sop_class = str(dataset.get("SOPClassUID"))
     try:
         if sop_class in SEGMENTATIONS:

@@ -398,8 +398,8 @@ def read_headers(files: Sequence[str]) -> list[Slice]:
     for file in files:
         try:
             dataset = dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
-        # Also what is cut off in its header; if it belonged to a series that is taken, its gap is noticed there.
-        except (InvalidDicomError, EOFError, ValueError):
+        # Also broken links and what is cut off; if it belonged to a series that is taken, its gap is noticed there.
+        except (InvalidDicomError, EOFError, OSError, ValueError):
             continue
         if not dataset.get("SeriesInstanceUID"):  # a DICOMDIR
             continue

@@ -108,7 +108,12 @@ def _read_cells(path: Path) -> list[list[str]]:
             raise UserError(f"--manifest: {path} ends in '{path.suffix}'; a .csv or .xlsx file is expected.")
     except UnicodeDecodeError:
         raise UserError(f"--manifest: {path} is not UTF-8 text. Save it as 'CSV UTF-8' or as .xlsx.") from None
-    except (ValueError, KeyError, BadZipFile) as error:  # pandas' ParserError and EmptyDataError are ValueErrors
+    except (
+        ValueError,
+        KeyError,
+        BadZipFile,
+        ImportError,
+    ) as error:  # pandas' ParserError and EmptyDataError are ValueErrors
         raise UserError(f"--manifest: {path} cannot be read as a table: {' '.join(str(error).split())}") from None
     if table.empty:
         raise UserError(f"--manifest: {path} is empty; its first row names the columns.")

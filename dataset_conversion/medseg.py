@@ -25,7 +25,8 @@ from .sources import Source
 
 IMAGES, MASKS, LUNGS = "rp_im", "rp_msk", "rp_lung_msk"
 CASES = 9
-FINDINGS = {1: "ground_glass", 2: "consolidation", 3: "effusion"}
+EFFUSION = "effusion"
+FINDINGS = {1: "ground_glass", 2: "consolidation", 3: EFFUSION}
 """The masks' values."""
 LESIONS = (1, 2)
 """Those that are lesions of the lung: an effusion lies beside it."""

@@ -17,6 +17,7 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.raw_dataset import Dataset
 
 from .conversion import HIDDEN_MASKS, Converted, check_target, convert
+from .medseg import EFFUSION
 from .public import Output, missing_healthy
 from .sources import Source
 
@@ -112,6 +113,8 @@ def _one_class(datasets: Sequence[Dataset]) -> _Classes:
     for dataset in datasets:
         labels = declared_labels(dataset.dataset_json)
         values = dict.fromkeys(labels.values - {0, labels.ignore}, 1)
+        # Fluid around the lung is no lesion in it, as in `medseg` without --classes-apart.
+        values |= {value: 0 for name, value in dataset.dataset_json["labels"].items() if name == EFFUSION}
         maps.append(_with_ignore(values, labels.ignore, 1))
     return _Classes(("lesion",), tuple(maps))
 

@@ -29,7 +29,7 @@ figure { margin: 0; font-size: 12px; overflow-wrap: anywhere; } figure img { wid
 """
 
 
-def case_table(sources: Sequence[Source], records: Sequence[Record]) -> pd.DataFrame:
+def case_rows(sources: Sequence[Source], records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row a case: what it is, its grid, intensities, volumes and oddities.
 
     Spacing and size stand in (Z, Y, X), spacing in mm, intensities in HU where the source says how to map to them,
@@ -57,7 +57,7 @@ def case_table(sources: Sequence[Source], records: Sequence[Record]) -> pd.DataF
                 "oddities": list(record.oddities),
             }
         )
-    return pd.DataFrame(rows)
+    return rows
 
 
 def write_report(
@@ -72,9 +72,9 @@ def write_report(
         records: What was found in each.
         remarks: What the user should know, one sentence each.
     """
-    cases = case_table(sources, records)
+    rows = case_rows(sources, records)
+    cases = pd.DataFrame(rows)
     odd = Counter(oddity for record in records for oddity in record.oddities)
-    rows: list[dict[str, Any]] = [dict(zip(cases.columns, row, strict=True)) for row in cases.itertuples(index=False)]
     counts = cases["kind"].value_counts().to_dict()
     content = {"dataset": name, "counts": counts, "remarks": list(remarks), "oddities": dict(odd), "cases": rows}
     write_json(folder / REPORT_FILES[1], content)

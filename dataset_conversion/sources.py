@@ -18,6 +18,8 @@ from gasnet_nnunet.cohort import Kind, abbreviate
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.volumes import Grid, read_volume, volume_name
 
+HEADERS = (".mhd", ".nhdr")
+"""Endings of headers whose values lie in another file of the same name."""
 COMPANIONS = (".csv", ".json", ".log", ".md", ".pdf", ".raw", ".tsv", ".txt", ".xlsx", ".xml", ".yaml", ".yml", ".zraw")
 """Endings of files that lie beside images: notes, tables, and the data of `.mhd` headers."""
 
@@ -52,7 +54,11 @@ class Rescaling:
     def apply(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """Values in HU, same shape."""
         scale = (self.hu_high - self.hu_low) / (self.high - self.low)
-        return ((values.astype(np.float64) - self.low) * scale + self.hu_low).astype(np.float32)
+        mapped = values.astype(np.float32)
+        mapped -= self.low
+        mapped *= scale
+        mapped += self.hu_low
+        return mapped
 
 
 class Volume(Protocol):
@@ -116,6 +122,8 @@ class Source:
         for item in (*self.images, self.mask, self.lungs):
             if isinstance(item, Path):
                 yield from sorted(item.iterdir()) if item.is_dir() else (item,)
+                if item.suffix.lower() in HEADERS:
+                    yield from sorted(path for path in item.parent.glob(f"{item.stem}.*") if path != item)
             elif item is not None:
                 yield from item.files()
 

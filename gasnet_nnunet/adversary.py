@@ -113,13 +113,13 @@ class Adversary:
         loss = losses.reconstruction_loss(self.generate(x), x, self.settings.reconstruction_loss)
         return self.settings.weight_reconstruction * loss
 
-    def discriminator_step(self, diseased: Tensor, healthy: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def discriminator_step(self, diseased: Tensor, healthy: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """One update of D on fresh draws, all inputs in one forward.
 
         Args:
             diseased: I_d, (B, C, Z, Y, X), nnU-Net-normalised.
             healthy: I_h, same shape and units.
-            mask: M^(I_d) without gradient, (B, 1, Z, Y, X).
+            mask: M^(I_d) without gradient, (B, 1, Z, Y, X); needed where I_s is one of D's inputs.
 
         Returns:
             "L_D_<input>" and "D_<input>" (mean probability of "not healthy") for each of D's inputs in use.
@@ -130,7 +130,7 @@ class Adversary:
         if self.generator is not None:
             with torch.no_grad():
                 generated = self.generate(x)
-            if self.settings.weight_adversarial:
+            if self.settings.weight_adversarial and mask is not None:
                 inputs["restored"] = (restore(x, generated, mask), NOT_HEALTHY, self.settings.weight_adversarial)
             if self.settings.weight_generated:
                 inputs["generated"] = (generated, NOT_HEALTHY, self.settings.weight_generated)

@@ -7,6 +7,7 @@ box and a stamp of what it was made from, so that it is made again when that cha
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from gasnet_nnunet.lungs import Box, Mask, bounding_box, segment_organ
 from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.volumes import NIFTI_ENDINGS, read_nifti_values, volume_name
 
-VERSION = 3
+VERSION = 4
 """Part of every stamp: raise it when `lungs.py` finds other lungs than before."""
 
 LISTED_CASES = 8
@@ -126,9 +127,13 @@ def ensure_organ_masks(
     jobs = []
     for case in cases:
         user_mask = user_masks.get(case)
-        stamp = [VERSION, _stamp(_data_file(data_folder, case)), None if user_mask is None else _stamp(user_mask)]
+        data_file = _data_file(data_folder, case)
+        # Not the time, which a copy to another machine may change.
+        stamp = [VERSION, [data_file.name, data_file.stat().st_size], None if user_mask is None else _stamp(user_mask)]
         entry = _read_entry(folder / f"{case}.b2nd")
-        if entry is not None and entry["stamp"] == stamp:
+        # Without nnUNet_raw, nobody can tell what has become of the user's masks: those made from them stay.
+        parts = slice(None) if raw_folder is not None else slice(2)
+        if entry is not None and entry["stamp"][parts] == stamp[parts]:
             known[case] = entry
         else:
             target = folder / f"{case}.b2nd"
@@ -217,8 +222,13 @@ def _resampled(
 
 def _raw_image(raw_folder: Path | None, case: str) -> Path | None:
     """The first channel of a case in nnUNet_raw, if it is there."""
-    found = [] if raw_folder is None else sorted((raw_folder / "imagesTr").glob(f"{case}_0000.*"))
-    return found[0] if found else None
+    if raw_folder is None:
+        return None
+    description = raw_folder / "dataset.json"
+    listed = json.loads(description.read_text()).get("dataset", {}) if description.is_file() else {}
+    found = [raw_folder / listed[case]["images"][0]] if case in listed else []
+    found += sorted((raw_folder / "imagesTr").glob(f"{case}_0000.*"))
+    return next((path for path in found if path.is_file()), None)
 
 
 def _user_masks(raw_folder: Path | None) -> dict[str, Path]:

@@ -22,9 +22,6 @@ from scipy.special import expit
 Array = NDArray[np.float32]
 Kind = Literal["labelled", "diseased", "healthy"]
 
-FIELD_OF_VIEW = (200.0, 336.0, 336.0)
-"""Size in mm (Z, Y, X) that holds the chest: choose `size` times `spacing` near it."""
-
 DENSITIES: dict[str, tuple[tuple[float, float], ...]] = {
     "labelled": ((0.3, 0.6),),
     "diseased": ((0.0, 0.4), (0.6, 1.0), (0.0, 1.0)),

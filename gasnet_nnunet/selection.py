@@ -7,8 +7,9 @@ still carry a label each, so the score of an epoch is
     separation = P(M^ of a diseased volume > M^ of a healthy one), the area under the ROC curve of mean M^ in the lungs
     calm = 1 - min(1, 10 * share of the lungs of healthy volumes called lesion)
 
-and, as in nnU-Net, the checkpoint is the epoch with the highest moving average (0.9 old + 0.1 new). Without held-out
-volumes of both kinds the separation is left out, without healthy ones calm is 1.
+and, as in nnU-Net, the checkpoint is the epoch with the highest moving average (0.9 old + 0.1 new). Where no
+volumes are held out, training volumes take their place; without both kinds the separation is left out, without healthy
+ones calm is 1.
 """
 
 from __future__ import annotations

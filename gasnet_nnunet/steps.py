@@ -153,15 +153,17 @@ class GASNetStep:
 
     def step(self) -> None:
         """Clip S as nnU-Net does and step S and G once."""
-        if self.scaler is not None:
+        if self.scaler is not None and _has_gradients(self.optimizer):
             self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.segmenter.parameters(), MAX_GRADIENT_NORM)
-        for optimizer in self._optimizers():
+        # Before L_ps joins, nothing may be on for one of them; a scaler that has scaled nothing refuses to step.
+        optimizers = [optimizer for optimizer in self._optimizers() if _has_gradients(optimizer)]
+        for optimizer in optimizers:
             if self.scaler is None:
                 optimizer.step()
             else:
                 self.scaler.step(optimizer)
-        if self.scaler is not None:
+        if self.scaler is not None and optimizers:
             self.scaler.update()
 
     def train_discriminator(self, next_pair: Callable[[], Pair]) -> dict[str, Tensor]:
@@ -171,8 +173,10 @@ class GASNetStep:
         reports: list[dict[str, Tensor]] = []
         for _ in range(self.settings.discriminator_steps):
             pair = next_pair()
-            with torch.no_grad(), self.precision():
-                mask = self._lesion_mask(as_levels(self.segmenter(pair["diseased"]))[0], pair)
+            mask = None
+            if self.settings.weight_adversarial:
+                with torch.no_grad(), self.precision():
+                    mask = self._lesion_mask(as_levels(self.segmenter(pair["diseased"]))[0], pair)
             with self.precision():
                 reports.append(self.adversary.discriminator_step(pair["diseased"], pair["healthy"], mask))
         return {name: torch.stack([r[name] for r in reports]).mean() for name in (reports[0] if reports else ())}
@@ -219,6 +223,10 @@ class GASNetStep:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
 
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+
+
 def as_levels(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """S's outputs, finest first, with or without deep supervision."""
     return [output] if isinstance(output, Tensor) else list(output)
@@ -228,5 +236,5 @@ def as_numbers(report: dict[str, Tensor]) -> dict[str, float]:
     """The report of an iteration with every column, in one transfer from the device; "loss" is the sum of L_S."""
     parts = [report[name].float() for name in S_LOSSES if name in report]
     named = {"loss": torch.stack(parts).sum(), **report} if parts else dict(report)
-    values = torch.stack([value.float() for value in named.values()]).tolist()
+    values = torch.stack([value.float() for value in named.values()]).tolist() if named else []
     return {"loss": 0.0, **dict.fromkeys(STEP_COLUMNS, math.nan), **dict(zip(named, values, strict=True))}

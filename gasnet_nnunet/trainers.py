@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
@@ -36,7 +37,7 @@ from torch import distributed as dist
 
 from gasnet_nnunet.adversary import Adversary, needs_generator
 from gasnet_nnunet.checkpoints import read_checkpoint, remove_leftovers, write_checkpoint
-from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, read_cohort
+from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, read_cohort
 from gasnet_nnunet.errors import DISK_FULL, UserError
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
 from gasnet_nnunet.networks import Topology
@@ -363,16 +364,25 @@ class GASNetTrainer(nnUNetTrainer):
 
     def run_training(self) -> None:
         """nnU-Net's; a full disk ends it in one sentence, whoever was writing."""
-        with _one_sentence():
-            try:
-                super().run_training()
-            except OSError as error:
-                if error.errno not in DISK_FULL:
-                    raise
-                raise UserError(
-                    f"{self.output_folder} cannot be written to: {error.strerror}. The checkpoints written so far are "
-                    "untouched; make room on that disk, then go on with --c."
-                ) from None
+        with _one_sentence(), self._disk_full_told("--c"):
+            super().run_training()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's; a full disk ends it in one sentence."""
+        with _one_sentence(), self._disk_full_told("--val"):
+            super().perform_actual_validation(save_probabilities)
+
+    @contextmanager
+    def _disk_full_told(self, option: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise UserError(
+                f"{self.output_folder} cannot be written to: {error.strerror}. The checkpoints written so far are "
+                f"untouched; make room on that disk, then go on with {option}."
+            ) from None
 
     def on_train_start(self) -> None:
         """Check the cohort and make the lung masks before anything else, then start as nnU-Net does."""
@@ -386,6 +396,9 @@ class GASNetTrainer(nnUNetTrainer):
             f"{len(cases.healthy)} healthy volumes; {len(cases.val)} masks to validate on, {len(cases.val_diseased)} "
             f"diseased and {len(cases.val_healthy)} healthy volumes held out."
         )
+        used = {case for part in astuple(cases) for case in part}
+        if unused := sorted(set(self._cohort.cases) - used):
+            self.print_to_log_file(f"This fold does not use {abbreviate(unused)}.")
         if cases.validates_on_training_cases:
             self.print_to_log_file(
                 f"WARNING: {', '.join(cases.val)}: TRAINING AND VALIDATION ON THE SAME MASK. The pseudo Dice and the "

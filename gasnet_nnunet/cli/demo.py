@@ -34,7 +34,8 @@ RESULTS = ("scores.csv", "comparison.md", "comparison.png", "overlays.png")
 LAST_LINES = 8
 SECONDS_BETWEEN_LOOKS = 0.2
 COMMANDS = ("gasnet-nnunet", "nnUNetv2_train", "nnUNetv2_predict")
-FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+FORKS = sys.platform == "linux"
+"""Elsewhere a process that has imported torch is no good parent: macOS's own libraries do not stand a fork."""
 PRELOADED = ["gasnet_nnunet.trainers", "gasnet_nnunet.planning", "nnunetv2.inference.predict_from_raw_data"]
 
 
@@ -168,8 +169,8 @@ def run_demo(out: Path, size: DemoSize, *, device: str | None, overwrite: bool, 
     )
 
     console.print("\nThe commands below are yours to repeat, once these are set:", style="dim")
-    for name, folder in folders.items():
-        console.print(f"  export {name}={shlex.quote(folder)}", style="dim", soft_wrap=True)
+    for name, value in environment.items():
+        console.print(f"  export {name}={shlex.quote(value)}", style="dim", soft_wrap=True)
     for number, step in enumerate(chain(out, size, device), start=1):
         run_step(step, out / "logs" / f"{number}_{step.name}.txt", environment, console)
     compare(out, console)

@@ -94,9 +94,10 @@ def plan(
         console.print("\nNot preprocessed, as you asked. Before training:")
         console.print(f"  nnUNetv2_preprocess -d {number} -plans_name {name} -c 3d_fullres", soft_wrap=True)
     console.print("\nNext:")
-    console.print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr GASNetTrainer -p {name}", soft_wrap=True)
+    device = "" if cost.device == "cuda" else f" -device {cost.device}"
+    console.print(f"  nnUNetv2_train {number} 3d_fullres 0 -tr GASNetTrainer -p {name}{device}", soft_wrap=True)
     predict = f"nnUNetv2_predict -d {number} -i INPUT_FOLDER -o OUTPUT_FOLDER -c 3d_fullres -f 0"
-    console.print(f"  {predict} -tr GASNetTrainer -p {name}", soft_wrap=True)
+    console.print(f"  {predict} -tr GASNetTrainer -p {name}{device}", soft_wrap=True)
 
 
 def _table(planned: Planned, preset: str) -> Table:
