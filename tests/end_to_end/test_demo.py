@@ -128,7 +128,7 @@ def test_smallest_chain_runs_to_the_figures(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchanged_environment")
 def test_gasnet_beats_its_baseline(tmp_path: Path) -> None:
-    run_demo(tmp_path / "demo", QUICK, device="cpu", overwrite=False, console=console(tmp_path / "out.txt"))
+    run_demo(tmp_path / "demo", FULL, device="cpu", overwrite=False, console=console(tmp_path / "out.txt"))
     scores = pd.read_csv(tmp_path / "demo/scores.csv")
     dice = scores.groupby("model")["dice"].mean()
     assert dice["GASNet"] > dice["Supervised baseline"] + 0.05
