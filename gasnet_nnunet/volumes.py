@@ -202,9 +202,16 @@ def _read_series(folder: Path) -> Any:
         raise UserError(f"{folder} holds {found}; a folder for each case with one series in it is expected.")
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder), series[0]))
     try:
-        return reader.Execute()
+        image = reader.Execute()
     except RuntimeError as error:
         raise UserError(f"The DICOM series in {folder} cannot be read: {_reason(error)}") from None
+    # ITK lays the slices evenly and leaves it at a warning.
+    if image.HasMetaDataKey("ITK_non_uniform_sampling_deviation"):
+        raise UserError(
+            f"The slices of the DICOM series in {folder} are not evenly spaced: some are missing, or several series "
+            "are mixed. Export the series again."
+        )
+    return image
 
 
 def _reason(error: BaseException) -> str:

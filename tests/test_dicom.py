@@ -18,6 +18,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+from gasnet_nnunet.dataset_conversion.conversion import Converted
+from gasnet_nnunet.dataset_conversion.dicom import kernel_kind
+from gasnet_nnunet.dataset_conversion.dicom_series import scan
+from gasnet_nnunet.dataset_conversion.sources import Source, read_image
 from highdicom.sr import CodedConcept
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
@@ -25,10 +29,6 @@ from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLosslessSV1, RTStructureSetStorage, generate_uid
 from typer.testing import CliRunner
 
-from dataset_conversion.conversion import Converted
-from dataset_conversion.dicom import kernel_kind
-from dataset_conversion.dicom_series import scan
-from dataset_conversion.sources import Source, read_image
 from gasnet_nnunet.cli import app
 from gasnet_nnunet.cohort import Kind
 from gasnet_nnunet.errors import UserError
@@ -38,7 +38,7 @@ SHAPE = (32, 9, 11)
 SPACING = (0.8, 0.7, 5.0)
 UNIT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 GRID = Grid(SHAPE[::-1], SPACING, (-10.0, 20.0, -30.0), UNIT)
-SECRETS = ("Müller", "MRN-0815", "19500101")
+SECRETS = ("Sürname", "MRN-0815", "19500101")
 """Name, number and birthday of every patient in these tests; the number is followed by one of its own."""
 
 
@@ -90,7 +90,7 @@ def write_series(
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         dataset.SOPClassUID = CTImageStorage
         dataset.SOPInstanceUID = f"1.2.3.{patient}.{number}.{z + 1}"
-        dataset.PatientName, dataset.PatientID = "Müller^Erika", f"MRN-0815-{patient}"
+        dataset.PatientName, dataset.PatientID = "Sürname^Given", f"MRN-0815-{patient}"
         dataset.PatientBirthDate, dataset.PatientSex = "19500101", "F"
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID = f"1.2.3.{patient}", f"1.2.3.{patient}.{number}"
         dataset.FrameOfReferenceUID = f"1.2.3.{patient}.99"
@@ -123,7 +123,7 @@ def archive(nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base = nnunet_folders
     monkeypatch.chdir(base)
     for patient in (1, 2, 3, 4):
-        write_series(base / "in" / f"Müller{patient}", ct(patient), patient=patient)
+        write_series(base / "in" / f"Sürname{patient}", ct(patient), patient=patient)
     write_volume(base / "in" / "mask1.nii.gz", lesion(), GRID)
     (base / "in" / "readme.txt").write_text("no DICOM")
     manifest(base)
@@ -242,7 +242,7 @@ def test_nothing_of_the_patients_is_carried_over(archive: Path) -> None:
 
 
 def test_a_failed_conversion_leaves_no_patient_data_either(archive: Path) -> None:
-    path = next(path for path in (archive / "in" / "Müller2").iterdir() if dcmread(path).InstanceNumber == 5)
+    path = next(path for path in (archive / "in" / "Sürname2").iterdir() if dcmread(path).InstanceNumber == 5)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=rf"row 3: .*{path.name} cannot be read"):
         convert()
@@ -283,9 +283,9 @@ def test_an_excel_sheet_is_read(archive: Path, listed: Listed) -> None:
     np.testing.assert_array_equal(image(cases["case_0001"]), ct(1))
 
 
-@pytest.mark.parametrize("cell", ["Müller2", "{file}", "."])
+@pytest.mark.parametrize("cell", ["Sürname2", "{file}", "."])
 def test_a_path_tells_a_scan(archive: Path, listed: Listed, cell: str) -> None:
-    file = next((archive / "in" / "Müller2").iterdir()).relative_to(archive / "in")
+    file = next((archive / "in" / "Sürname2").iterdir()).relative_to(archive / "in")
     manifest(archive, path={2: cell.format(file=file)})
     cases = listed()
     np.testing.assert_array_equal(image(cases["case_0002"]), ct(2))
@@ -295,7 +295,7 @@ def test_a_path_tells_a_scan(archive: Path, listed: Listed, cell: str) -> None:
 @pytest.mark.parametrize("direction", [(1, 1, 1), (-1, -1, 1), (-1, 1, -1), (1, -1, -1)])
 def test_slices_are_put_in_order_of_position(archive: Path, listed: Listed, direction: tuple[int, int, int]) -> None:
     grid = Grid(GRID.size, SPACING, (5.0, 6.0, 7.0), tuple(np.diag(np.array(direction, float)).ravel()))
-    write_series(archive / "in" / "Müller2", ct(2), patient=2, grid=grid)
+    write_series(archive / "in" / "Sürname2", ct(2), patient=2, grid=grid)
     values, found = read_image(listed()["case_0002"].images[0])
     assert found.direction[8] == 1, "Z up"
     assert np.linalg.det(np.reshape(found.direction, (3, 3))) == pytest.approx(1)
@@ -315,7 +315,7 @@ def test_each_slice_has_its_own_rescaling(archive: Path, listed: Listed) -> None
             stored = np.full(SHAPE[1:], 100, np.uint16)
             dataset.PixelData, dataset.RescaleSlope, dataset.RescaleIntercept = stored.tobytes(), 2.5, -1000.0
 
-    write_series(archive / "in" / "Müller2", ct(2), patient=2, change=change)
+    write_series(archive / "in" / "Sürname2", ct(2), patient=2, change=change)
     cases = listed()
     expected = ct(2)
     expected[3] = -750
@@ -369,7 +369,7 @@ def only(number: int, **tags: Any) -> Callable[[Dataset, int], None]:
     ],
 )
 def test_what_is_no_volume_is_refused(archive: Path, change: Callable[[Dataset, int], None], message: str) -> None:
-    write_series(archive / "in" / "Müller2", ct(2), patient=2, change=change)
+    write_series(archive / "in" / "Sürname2", ct(2), patient=2, change=change)
     manifest(archive, series={2: "2"})
     with pytest.raises(UserError, match=rf"cases.csv row 3: study 1.2.3.2, series 1.2.3.2.2 \(number 2\): .*{message}"):
         convert()
@@ -377,8 +377,8 @@ def test_what_is_no_volume_is_refused(archive: Path, change: Callable[[Dataset, 
 
 
 def test_missing_slices_are_refused(archive: Path) -> None:
-    write_series(archive / "in" / "Müller2", ct(2), patient=2, number=5)
-    drop(archive / "in" / "Müller2", 10, 11, 20)
+    write_series(archive / "in" / "Sürname2", ct(2), patient=2, number=5)
+    drop(archive / "in" / "Sürname2", 10, 11, 20)
     manifest(archive, series={2: "2"})
     with pytest.raises(UserError) as caught:
         convert()
@@ -395,7 +395,7 @@ def test_rounded_positions_are_no_gaps(archive: Path, listed: Listed) -> None:
         dataset.ImagePositionPatient = [*GRID.origin[:2], round(-30 + 0.625 * z, 1)]
 
     values = np.random.default_rng(2).integers(-1000, 400, (260, 9, 11))
-    write_series(archive / "in" / "Müller2", values, patient=2, grid=grid, number=1, thickness=1, change=change)
+    write_series(archive / "in" / "Sürname2", values, patient=2, grid=grid, number=1, thickness=1, change=change)
     cases = listed()
     np.testing.assert_array_equal(image(cases["case_0002"]), values)
 
@@ -425,7 +425,7 @@ def sagittal(dataset: Dataset, z: int) -> None:
     ],
 )
 def test_the_rule_chooses_a_series(archive: Path, listed: Listed, tags: dict[str, Any], better: bool) -> None:
-    write_series(archive / "in" / "Müller2", ct(20), **{"patient": 2, "number": 1, **tags})
+    write_series(archive / "in" / "Sürname2", ct(20), **{"patient": 2, "number": 1, **tags})
     cases = listed()
     np.testing.assert_array_equal(image(cases["case_0002"]), ct(20) if better else ct(2))
     manifest(archive, series={2: "2" if better else "1.2.3.2.2"})
@@ -435,13 +435,13 @@ def test_the_rule_chooses_a_series(archive: Path, listed: Listed, tags: dict[str
 
 def test_most_slices_decide_at_last(archive: Path, listed: Listed) -> None:
     values = np.concatenate([ct(20), ct(21)[:1]])
-    write_series(archive / "in" / "Müller2", values, patient=2, number=9)
+    write_series(archive / "in" / "Sürname2", values, patient=2, number=9)
     cases = listed()
     np.testing.assert_array_equal(image(cases["case_0002"]), values)
 
 
 def test_the_kernel_can_be_chosen(archive: Path, listed: Listed) -> None:
-    write_series(archive / "in" / "Müller2", ct(20), patient=2, number=1, ConvolutionKernel="B70f")
+    write_series(archive / "in" / "Sürname2", ct(20), patient=2, number=1, ConvolutionKernel="B70f")
     cases = listed("--kernel", "lung")
     np.testing.assert_array_equal(image(cases["case_0002"]), ct(20))
     with pytest.raises(UserError, match="expected soft or lung"):
@@ -468,7 +468,7 @@ def refuse(archive: Path, message: str) -> None:
         ({"mask": {1: "readme.txt"}}, r"row 2: .*readme.txt cannot be read as an image"),
         ({"diagnosis": {9: "healthy"}}, r"row 6: no DICOM series under in has the PatientID MRN-0815-9.*leading zeros"),
         ({"structures": {1: "Lung"}}, r"row 2: .*mask1.nii.gz is no DICOM file, so it has no structures"),
-        ({"path": {2: "Müller3"}}, r"row 3: no DICOM series under in has the PatientID MRN-0815-2"),
+        ({"path": {2: "Sürname3"}}, r"row 3: no DICOM series under in has the PatientID MRN-0815-2"),
         ({"path": {2: "Nobody"}}, r"row 3: no DICOM series under in has the path Nobody"),
         ({"series": {2: "8"}}, r"row 3: 0 series of the scan have the number or UID 8 .* there are 2 \(a chest CT\)"),
     ],
@@ -516,8 +516,8 @@ def test_bad_places_are_refused(archive: Path) -> None:
 
 
 def test_all_mistakes_are_told_at_once(archive: Path) -> None:
-    drop(archive / "in" / "Müller2", 10)
-    drop(archive / "in" / "Müller3", 10)
+    drop(archive / "in" / "Sürname2", 10)
+    drop(archive / "in" / "Sürname3", 10)
     refuse(archive, r"2 problems with the series:(.|\n)*row 3(.|\n)*row 4")
     manifest(archive, diagnosis={2: "ill", 3: "well"})
     refuse(archive, r"2 problems with cases.csv:(.|\n)*row 3(.|\n)*row 4")
@@ -540,12 +540,12 @@ def test_several_studies_are_not_guessed_between(archive: Path, listed: Listed) 
 
 
 def test_a_study_without_a_chest_ct_tells_what_it_has(archive: Path, listed: Listed) -> None:
-    for path in (archive / "in" / "Müller2").iterdir():
+    for path in (archive / "in" / "Sürname2").iterdir():
         path.unlink()
     write_series(
-        archive / "in" / "Müller2", ct(2)[:1], patient=2, number=1, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]
+        archive / "in" / "Sürname2", ct(2)[:1], patient=2, number=1, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]
     )
-    write_series(archive / "in" / "Müller2", ct(2)[:12], patient=2)
+    write_series(archive / "in" / "Sürname2", ct(2)[:12], patient=2)
     refuse(
         archive, r"row 3: no series is a chest CT by the rule: 1 \(a localizer or a projection\), 2 \(12 slices only\)"
     )
@@ -556,7 +556,7 @@ def test_a_study_without_a_chest_ct_tells_what_it_has(archive: Path, listed: Lis
 
 def test_compressed_pixels_need_their_decoder(archive: Path) -> None:
     # No decoder of it comes with pydicom's or our own requirements; a package that happens to be there must not matter.
-    for path in (archive / "in" / "Müller2").iterdir():
+    for path in (archive / "in" / "Sürname2").iterdir():
         dataset = dcmread(path)
         dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
         dataset.PixelData = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0\x02\0\0\0\xff\xd8\xfe\xff\xdd\xe0\0\0\0\0"
@@ -568,7 +568,7 @@ def test_compressed_pixels_need_their_decoder(archive: Path) -> None:
 
 
 def test_multi_frame_objects_are_refused(archive: Path) -> None:
-    write_series(archive / "in" / "Müller2", ct(2), patient=2, NumberOfFrames=2)
+    write_series(archive / "in" / "Sürname2", ct(2), patient=2, NumberOfFrames=2)
     refuse(archive, r"series 1.2.3.2.2 .*enhanced \(multi-frame\) object")
 
 
@@ -585,7 +585,7 @@ def test_only_headers_are_read_while_scanning(archive: Path) -> None:
 
 def sources(archive: Path, patient: int = 1) -> list[Dataset]:
     return sorted(
-        (dcmread(path) for path in (archive / "in" / f"Müller{patient}").iterdir()),
+        (dcmread(path) for path in (archive / "in" / f"Sürname{patient}").iterdir()),
         key=lambda dataset: dataset.ImagePositionPatient[2],
     )
 
@@ -634,7 +634,7 @@ def test_a_segmentation_is_put_on_its_slices(archive: Path, listed: Listed, kind
 
 def test_a_mask_belongs_to_its_series(archive: Path, listed: Listed) -> None:
     write_seg(archive, {"Lesion": lesion()})
-    write_series(archive / "in" / "Müller1", ct(10), patient=1, number=1, thickness=1)
+    write_series(archive / "in" / "Sürname1", ct(10), patient=1, number=1, thickness=1)
     manifest(archive, mask={1: "mask.dcm"})
     cases = listed()
     np.testing.assert_array_equal(image(cases["case_0001"]), ct(1))
@@ -742,8 +742,8 @@ def test_segmentations_off_the_voxels_are_refused(archive: Path, listed: Listed)
 
 
 def test_a_ct_is_no_mask(archive: Path) -> None:
-    path = next((archive / "in" / "Müller2").iterdir())
-    manifest(archive, mask={1: f"Müller2/{path.name}"})
+    path = next((archive / "in" / "Sürname2").iterdir())
+    manifest(archive, mask={1: f"Sürname2/{path.name}"})
     refuse(archive, r"row 2: .*is a DICOM file of another kind \(Modality CT\)")
 
 

@@ -170,13 +170,13 @@ def test_diseased_may_be_left_out(folders: Path) -> None:
 
 
 def test_other_formats_names_and_companions(folders: Path) -> None:
-    save(folders / "ill" / "Müller, 4.nrrd", ct(4))
+    save(folders / "ill" / "Prüfung, 4.nrrd", ct(4))
     save(folders / "ill" / "p5.mhd", ct(5))
     (folders / "ill" / "notes.txt").write_text("nothing")
     (folders / "ill" / ".DS_Store").write_text("nothing")
     write_dicom(folders / "ill" / "p6", ct(6), Grid(SHAPE[::-1], (1.0, 1.0, 2.0), (0.0, 0.0, 0.0), UNIT))
     convert(*BASIC)
-    for case, seed in (("M_ller_4", 4), ("p5", 5), ("p6", 6)):
+    for case, seed in (("Pr_fung_4", 4), ("p5", 5), ("p6", 6)):
         np.testing.assert_array_equal(read_volume(raw(folders) / "imagesTr" / f"{case}_0000.nii.gz")[0], ct(seed))
 
 
@@ -337,6 +337,36 @@ def test_conversion_that_stopped_half_way_goes_on_and_ends_the_same(folders: Pat
     assert (raw(folders) / "imagesTr" / "h2_0000.nii.gz").stat().st_mtime_ns == written, "not written again"
     assert not unfinished.exists()
     assert {name: (raw(folders) / name).read_bytes() for name in listing(raw(folders))} == undisturbed
+
+
+def test_what_an_earlier_try_wrote_and_this_one_does_not_is_gone(folders: Path) -> None:
+    save(folders / "lungs" / "p3.nii.gz", mask(1, 2))
+    spoil_truncated(folders)
+    with pytest.raises(UserError, match="damaged"):
+        convert(*BASIC, "--lungs", "lungs", "--test", "test", "testmask")
+    save(folders / "ill" / "p2.nii.gz", ct(2))
+    convert(*BASIC, "--test", "test")
+    assert not (raw(folders) / "lungsTr").exists()
+    assert not (raw(folders) / "labelsTs").exists()
+
+
+def test_lost_file_of_an_earlier_try_is_made_again(folders: Path) -> None:
+    spoil_truncated(folders)
+    with pytest.raises(UserError, match="damaged"):
+        convert(*BASIC)
+    (raw(folders).with_name(".Dataset007_Lungs.unfinished") / "imagesTr" / "h2_0000.nii.gz").unlink()
+    save(folders / "ill" / "p2.nii.gz", ct(2))
+    convert(*BASIC)
+    assert (raw(folders) / "imagesTr" / "h2_0000.nii.gz").is_file()
+
+
+def test_dataset_is_not_replaced_by_what_lies_in_it(folders: Path) -> None:
+    convert(*BASIC)
+    before = listing(raw(folders))
+    images, labels = (str(raw(folders) / name) for name in ("imagesTr", "labelsTr"))
+    with pytest.raises(UserError, match=r"lies in .*Dataset007_Lungs, which would be replaced"):
+        convert("--labelled", images, labels, "--healthy", "well", "--overwrite")
+    assert listing(raw(folders)) == before
 
 
 def test_changed_file_is_converted_again_when_going_on(folders: Path) -> None:

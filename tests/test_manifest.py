@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from gasnet_nnunet.dataset_conversion.manifest import manifest_sources
 from typer.testing import CliRunner
 
-from dataset_conversion.manifest import manifest_sources
 from gasnet_nnunet.cli import app
 from gasnet_nnunet.cohort import Kind
 from gasnet_nnunet.errors import UserError
@@ -22,8 +22,8 @@ SHAPE = (6, 9, 8)
 GRID = Grid(SHAPE[::-1], (1.0, 1.0, 2.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
 ROWS = [
     ["Image", "Kind", "mask", "lungs", "patient", "case", "Severity"],
-    ["p1.nii.gz", "labelled", "m1.nii.gz", "", "anna", "", "CT-2"],
-    ["p2.nii.gz", "Diseased", "m1.nii.gz", "m1.nii.gz", "berta", "second", ""],
+    ["p1.nii.gz", "labelled", "m1.nii.gz", "", "pa", "", "CT-2"],
+    ["p2.nii.gz", "Diseased", "m1.nii.gz", "m1.nii.gz", "pb", "second", ""],
     ["", "", "", "", "", "", ""],
     ["p3.nii.gz", "healthy", "", "", "", "", ""],
     ["p 4.nii.gz", "test", "m1.nii.gz", "", "", "", ""],
@@ -73,8 +73,8 @@ def test_rows_become_cases(base: Path, name: str, delimiter: str) -> None:
     assert kinds == {"p1": Kind.LABELLED, "second": Kind.DISEASED, "p3": Kind.HEALTHY, "p_4": None}
     assert sources["p1"].images == (base / "p1.nii.gz",)
     assert sources["second"].mask == sources["second"].lungs == base / "m1.nii.gz"
-    assert sources["second"].patient == "berta"
-    assert sources["p1"].details == {"Severity": "CT-2", "patient": "anna"}
+    assert sources["second"].patient == "pb"
+    assert sources["p1"].details == {"Severity": "CT-2", "patient": "pa"}
     assert sources["p3"].details == {}
     assert [source.named_by for source in sources.values()] == [f"{name} row {number}" for number in (2, 3, 5, 6)]
 
@@ -107,7 +107,10 @@ def test_a_manifest_adds_to_folders(base: Path) -> None:
     assert (raw / "hiddenTr" / "second.nii.gz").is_file(), "kept aside for scoring"
     assert (raw / "labelsTs" / "p_4.nii.gz").is_file()
     cases = json.loads((raw / "dataset.json").read_text())["gasnet"]["cases"]
-    assert cases == {"p1": {"Severity": "CT-2", "patient": "anna"}, "second": {"patient": "berta"}}
+    assert cases == {"p1": {"Severity": "CT-2", "patient": "pa"}, "second": {"patient": "pb"}}
+    # JSON knows no NaN, which pandas makes of what one case has and another has not.
+    report = json.loads((raw / "conversion_report.json").read_text(), parse_constant=pytest.fail)
+    assert ["Severity" in case for case in report["cases"] if case["case"] in ("p1", "second")] == [True, False]
 
 
 def convert(*words: str) -> str:
@@ -116,6 +119,16 @@ def convert(*words: str) -> str:
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def test_name_in_training_and_test_is_refused_where_something_is_known_of_both(base: Path) -> None:
+    rows = changed(6, "case", "p1")
+    write(base / "a.csv", rows)
+    convert("--manifest", "in/a.csv")
+    rows[5][ROWS[0].index("patient")] = "pz"
+    write(base / "a.csv", rows)
+    with pytest.raises(UserError, match="The case 'p1' is both under"):
+        convert("--manifest", "in/a.csv", "--overwrite")
 
 
 def test_missing_kinds_are_remarked(base: Path) -> None:
@@ -145,7 +158,7 @@ def test_without_a_manifest_the_folders_are_needed(base: Path) -> None:
         (changed(2, "mask", ""), r"a.csv row 2: a labelled case needs a mask"),
         (changed(2, "case", "a/b"), r"a.csv row 2: case is 'a/b'; expected letters, digits"),
         (changed(5, "case", "p1"), r"'p1' is both under a.csv row 2 \(.*\) and under a.csv row 5"),
-        (changed(6, "patient", "anna"), r"The patient 'anna' is both in training \(p1\) and in the test set \(p_4\)"),
+        (changed(6, "patient", "pa"), r"The patient 'pa' is both in training \(p1\) and in the test set \(p_4\)"),
         (ROWS[:1], r"a.csv has no rows"),
         ([], r"a.csv cannot be read as a table: No columns"),
     ],

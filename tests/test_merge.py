@@ -112,7 +112,7 @@ def test_labels_that_differ_are_refused_or_joined(two: Path) -> None:
     assert "no healthy case" in merge("-d", "501", "503", "--lesion-classes", "1")
     merged = two / "Dataset600_All"
     assert json.loads((merged / "dataset.json").read_text())["labels"] == LESION
-    np.testing.assert_array_equal(values(merged / "labelsTr" / "b1.nii.gz"), mask(1, 1, 1, 2))
+    np.testing.assert_array_equal(values(merged / "labelsTr" / "b1.nii.gz"), mask(1, 1, 0, 2))
 
 
 def test_several_classes_stay_apart_where_all_datasets_have_them(raw: Path) -> None:

@@ -135,6 +135,8 @@ def test_masks_are_made_once_and_again_when_the_case_changes(dataset: Any) -> No
     first = stored.stat().st_mtime_ns
     ensure(raw, preprocessed, plans)
     assert stored.stat().st_mtime_ns == first
+    image = sitk.ReadImage(str(raw / "imagesTr" / "a_0000.nii.gz"))
+    sitk.WriteImage(sitk.DiscreteGaussian(image, 4.0), str(raw / "imagesTr" / "a_0000.nii.gz"))
     preprocess(raw, preprocessed, plans)
     ensure(raw, preprocessed, plans)
     assert stored.stat().st_mtime_ns > first
@@ -186,6 +188,21 @@ def test_lungs_are_found_in_the_preprocessed_data_where_the_raw_ones_are_not_at_
     _, preprocessed, plans, true = dataset
     found = ensure(None, preprocessed, plans).load("a")
     assert dice(found, in_grid_of(found, true, plans["transpose_forward"])) > 0.85
+
+
+def test_masks_of_the_users_stay_where_the_raw_ones_are_not_at_hand(dataset: Any) -> None:
+    raw, preprocessed, plans, true = dataset
+    half = true.copy()
+    half[:, :, : half.shape[2] // 2] = 0
+    write(raw / "lungsTr" / "a.nii.gz", half)
+    with_raw = ensure(raw, preprocessed, plans).load("a")
+    # What a copy to another machine does.
+    for path in (preprocessed / "TestPlans_3d_fullres").glob("a*"):
+        os.utime(path)
+    without = ensure(None, preprocessed, plans).load("a")
+    assert np.array_equal(with_raw, without)
+    (raw / "lungsTr" / "a.nii.gz").unlink()
+    assert ensure(raw, preprocessed, plans).load("a").sum() > 1.5 * with_raw.sum()
 
 
 def test_the_body_takes_the_place_of_the_lungs(dataset: Any) -> None:

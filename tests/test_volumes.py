@@ -22,6 +22,15 @@ def ct() -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).normal(-500, 300, GRID.size[::-1]).astype(np.int16)
 
 
+def test_series_with_a_missing_slice_is_refused(tmp_path: Path) -> None:
+    array = np.arange(8 * 9 * 7, dtype=np.int16).reshape(8, 9, 7)
+    write_dicom(tmp_path / "scan", array, Grid((7, 9, 8), (1.0, 1.0, 2.0), (0.0, 0.0, 0.0), GRID.direction))
+    assert read_volume(tmp_path / "scan")[0].shape == (8, 9, 7)
+    sorted((tmp_path / "scan").iterdir())[3].unlink()
+    with pytest.raises(UserError, match=r"scan are not evenly spaced: some are missing"):
+        read_volume(tmp_path / "scan")
+
+
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
 def test_written_volumes_are_read_back(tmp_path: Path, ct: np.ndarray[Any, Any], ending: str) -> None:
     path = tmp_path / f"case{ending}"
