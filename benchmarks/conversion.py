@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from gasnet_nnunet.dataset_conversion.folders import convert_folders
+
 
 def plain(paths: list[Path], out: Path) -> float:
     """Seconds for SimpleITK to read the files and to write them compressed."""
@@ -30,8 +32,6 @@ def plain(paths: list[Path], out: Path) -> float:
 
 def converted(folder: Path, processes: int) -> float:
     """Seconds for the conversion of the same files."""
-    from gasnet_nnunet.dataset_conversion.folders import convert_folders
-
     start = time.monotonic()
     convert_folders(
         dataset_id=990 + processes,
@@ -41,6 +41,11 @@ def converted(folder: Path, processes: int) -> float:
         num_processes=processes,
     )
     return time.monotonic() - start
+
+
+def peak(who: int) -> float:
+    """Most memory that this process or one of its children has held, in MiB."""
+    return resource.getrusage(who).ru_maxrss / 1024
 
 
 def main() -> None:
@@ -67,12 +72,15 @@ def main() -> None:
         voxels = sum(int(np.prod(sitk.ReadImage(str(path)).GetSize())) for path in paths) / len(paths)
         print(f"{len(paths)} CTs of {voxels / 1e6:.1f} million voxels on average")
         print(f"{'':28}{'s a case':>10}{'ratio':>8}")
+        imported = peak(resource.RUSAGE_SELF)
         print(f"{'plain read and write':28}{reference / len(paths):10.2f}{1:8.2f}")
         for processes in (1, 2):
             seconds = converted(root, processes)
             print(f"{f'conversion, {processes} processes':28}{seconds / len(paths):10.2f}{seconds / reference:8.2f}")
-        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"largest process: {children:.0f} MiB, of which a volume as float32 is {voxels * 4 / 2**20:.0f} MiB")
+        print(
+            f"memory: {peak(resource.RUSAGE_SELF):.0f} MiB in the first process ({imported:.0f} before it converted), "
+            f"{peak(resource.RUSAGE_CHILDREN):.0f} in the others; a volume of int16 has {voxels * 2 / 2**20:.0f} MiB"
+        )
 
 
 if __name__ == "__main__":
