@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-
 from gasnet_nnunet.dataset_conversion.folders import convert_folders
 
 
