@@ -35,7 +35,11 @@ def test_full_disk_ends_in_one_message() -> None:
 
 
 def test_interruption_ends_in_one_line() -> None:
-    ended = run_command(f"import os; os.kill(os.getpid(), {int(signal.SIGINT)})")
+    # A shell starts its background jobs with the signal ignored.
+    ended = run_command(
+        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"os.kill(os.getpid(), {int(signal.SIGINT)})"
+    )
     assert ended.returncode == 130
     assert ended.stderr == "Interrupted.\n"
 

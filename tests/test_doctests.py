@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in ("gasnet_nnunet", "dataset_conversion")
+    prefix + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for prefix, package in (("", "gasnet_nnunet"), ("gasnet_nnunet.", "dataset_conversion"))
     for path in (ROOT / package).rglob("*.py")
     if ">>> " in path.read_text(encoding="utf-8")
 )
