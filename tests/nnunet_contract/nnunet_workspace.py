@@ -56,7 +56,6 @@ class Workspace:
             "nnUNet_def_n_proc": "1",
             "nnUNet_compile": "f",
             "OMP_NUM_THREADS": "1",
-            "OMP_THREAD_LIMIT": "1",
             "MATPLOTLIBRC": str(self.root),
         }
 
