@@ -41,9 +41,8 @@ def test_misspelt_setting_ends_the_command_with_one_line(trained: Workspace, sna
 
 def test_unknown_configuration(trained: Workspace, snapshot: Snapshot) -> None:
     before = snapshot(trained.results)
-    assert refusal(trained, "3d_lowres", 0).endswith(
-        "nnUNetPlans.json has no configuration '3d_lowres'; it has 3d_fullres."
-    )
+    sentence = refusal(trained, "3d_lowres", 0)
+    assert sentence.endswith("nnUNetPlans.json has no configuration '3d_lowres'; it has 2d, 3d_fullres.")
     assert snapshot(trained.results) == before
 
 
