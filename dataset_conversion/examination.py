@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 from gasnet_nnunet.cohort import Kind, abbreviate
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.volumes import Grid, grid_difference
+from gasnet_nnunet.volumes import HIGHEST_AIR, Grid, grid_difference
 
 from .sources import Source, read_image
 
-HIGHEST_AIR = -500.0
-"""A chest CT in HU has air, near -1000, in and around the patient."""
 LOWEST_AIR = -1100.0
 """Below is no tissue and no gas: scanners fill what lies outside their circle of view with -2000, -2048 or -3024."""
 FEW_SLICES, THICK_MM = 15, 10.0

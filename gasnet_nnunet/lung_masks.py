@@ -20,8 +20,8 @@ from gasnet_nnunet.cohort import abbreviate, raise_problems
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.lungs import Mask, bounding_box, segment_lungs
 from gasnet_nnunet.parallel import run_jobs
-from gasnet_nnunet.raw_dataset import HIGHEST_AIR, Dataset
-from gasnet_nnunet.volumes import Grid, grid_difference, read_grid, read_volume, volume_name, write_volume
+from gasnet_nnunet.raw_dataset import Dataset
+from gasnet_nnunet.volumes import HIGHEST_AIR, Grid, grid_difference, read_grid, read_volume, volume_name, write_volume
 
 METHODS = ("threshold", "lungmask", "folder")
 LOBES = (

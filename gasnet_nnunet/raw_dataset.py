@@ -21,10 +21,8 @@ from gasnet_nnunet.files import write_json
 from gasnet_nnunet.lungs import CaseGeometry, measure_case
 from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import run_jobs
-from gasnet_nnunet.volumes import grid_difference, read_grid, read_volume
+from gasnet_nnunet.volumes import HIGHEST_AIR, grid_difference, read_grid, read_volume
 
-HIGHEST_AIR = -500.0
-"""In a chest CT in HU at least half a percent of the voxels, air in or around the patient, lies below this."""
 GEOMETRY_CACHE = "gasnet_geometry.json"
 NNUNET_FOLDERS = {
     "nnUNet_raw": nnUNet_raw,

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from gasnet_nnunet.errors import UserError
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
+HIGHEST_AIR = -500.0
+"""A chest CT in HU has air, near -1000, in and around the patient."""
 SPACING_TOLERANCE = 1e-3
 """Relative difference of spacings that is rounding."""
 DIRECTION_TOLERANCE = 1e-3
