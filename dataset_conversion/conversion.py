@@ -221,7 +221,7 @@ def _known(job: WriteJob) -> Record | None:
     files = [job.record, job.record.with_suffix(".png"), *job.outputs]
     if not all(path.is_file() and path.stat().st_size for path in files):
         return None
-    content = json.loads(job.record.read_text())
+    content = json.loads(job.record.read_text(encoding="utf-8"))
     if content.pop("stamp") != _stamp(job.source):
         return None
     return Record.from_json(content)

@@ -508,7 +508,7 @@ def _load_cache(cache: Path | None) -> dict[str, Any]:
     if cache is None or not cache.is_file():
         return {}
     try:
-        content = json.loads(cache.read_text())
+        content = json.loads(cache.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         return {}
     entries = content.items() if isinstance(content, dict) else ()

@@ -225,7 +225,7 @@ def _raw_image(raw_folder: Path | None, case: str) -> Path | None:
     if raw_folder is None:
         return None
     description = raw_folder / "dataset.json"
-    listed = json.loads(description.read_text()).get("dataset", {}) if description.is_file() else {}
+    listed = json.loads(description.read_text(encoding="utf-8")).get("dataset", {}) if description.is_file() else {}
     found = [raw_folder / listed[case]["images"][0]] if case in listed else []
     found += sorted((raw_folder / "imagesTr").glob(f"{case}_0000.*"))
     return next((path for path in found if path.is_file()), None)

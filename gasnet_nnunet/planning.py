@@ -637,7 +637,11 @@ def check_trained_models(dataset: Dataset, plans: Mapping[str, Any]) -> None:
 def _check_existing_splits(dataset: Dataset, splits_file: Path, cohort: Cohort) -> None:
     """nnU-Net copies a split file out of nnUNet_raw, and asserts that it is the one in nnUNet_preprocessed."""
     given = dataset.raw / "splits_final.json"
-    if given.is_file() and splits_file.is_file() and given.read_text() != splits_file.read_text():
+    if (
+        given.is_file()
+        and splits_file.is_file()
+        and given.read_text(encoding="utf-8") != splits_file.read_text(encoding="utf-8")
+    ):
         raise UserError(f"{given} and {splits_file} are two different splits. Keep the one you want.")
     for path in (splits_file, given):
         if path.is_file():

@@ -145,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: The file is no readable JSON object.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no readable JSON ({error}).") from None
     if not isinstance(content, dict):

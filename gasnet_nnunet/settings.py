@@ -289,7 +289,7 @@ def load_preset(name: str) -> Preset:
     path = plans_folder() / f"{name}.json"
     if name not in preset_names():
         raise UserError(f"There is no preset '{name}'. Presets: {', '.join(preset_names())}.")
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     return Preset(
         name=name,
         description=content["description"],

@@ -367,7 +367,7 @@ def _load(path: Path) -> list[dict[str, list[str]]]:
     if not path.is_file():
         raise UserError(f"There is no split file {path}.")
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is no readable JSON ({error}). Correct it, or delete it to have a new one made."

@@ -31,7 +31,7 @@ SMALLER = {
 
 def commands(heading: str) -> list[str]:
     """Commands of the first shell block under a heading; a backslash continues a line."""
-    section = README.read_text().split(f"## {heading}\n", 1)[1]
+    section = README.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1]
     block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
     assert block is not None, f"no shell block under '{heading}'"
     lines = block.group(1).replace("\\\n", " ").splitlines()
@@ -96,6 +96,6 @@ def test_commands_for_ones_own_data(tmp_path: Path) -> None:
 
 def test_links_lead_somewhere() -> None:
     for page in [README, *sorted((ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
