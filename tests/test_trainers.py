@@ -40,6 +40,7 @@ NNUNET_KEYS = {
     *("network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args"),
     *("trainer_name", "inference_allowed_mirroring_axes"),
 }
+EVERYTHING = {"weight_outside": 1.0, "pasted_share": 0.5, "paste_strength": (0.5, 1.0), "averaged_iterations": 4}
 EPOCH_COLUMNS = ("M_healthy", "M_diseased", "false_positive_share", "pseudo_dice", "score", "lr_S", "seconds")
 
 
@@ -519,11 +520,11 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(datasets: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """Three epochs, with a gallery and a `checkpoint_latest` after each."""
+    """Three epochs of an averaged S and every term, with a gallery and a `checkpoint_latest` after each."""
     root, results = datasets("one class"), tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as environment:
         use_folders(environment, root, results)
-        trainer = build(root, "one class", gallery_every_epochs=1, save_every_minutes=1e-6)
+        trainer = build(root, "one class", gallery_every_epochs=1, save_every_minutes=1e-6, **EVERYTHING)
         folder = Path(trainer.output_folder)
         leftover = folder / ".checkpoint_best.pth.tmp"
         leftover.write_bytes(b"half a checkpoint")
@@ -630,13 +631,39 @@ def resume(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_state_is_restored(finished: Finished, resume: Make) -> None:
     checkpoint, trainer = finished.checkpoint("final"), resume("final")
     assert trainer.current_epoch == 3
-    assert_same(dict(trainer.network.state_dict()), dict(checkpoint["network_weights"]))
+    assert_same(dict(trainer.network.state_dict()), dict(checkpoint[CHECKPOINT_KEY]["segmenter"]))
+    average = trainer.gasnet_step.average
+    assert_same(dict(average.module.state_dict()), dict(checkpoint["network_weights"]))
+    assert average.n_averaged == 6
     assert_same(trainer.optimizer.state_dict(), checkpoint["optimizer_state"])
     assert checkpoint["optimizer_state"]["state"][0]["momentum_buffer"].any()
     assert_same(_plain(trainer.adversary.state_dict()), _plain(checkpoint[CHECKPOINT_KEY]["adversary"]))
     assert checkpoint[CHECKPOINT_KEY]["adversary"]["optimizer_generator"]["state"][0]["step"] == 6
     assert_same(trainer.logger.get_checkpoint(), checkpoint["logging"])
     assert trainer.best_epoch.state_dict() == finished.trainer.best_epoch.state_dict()
+
+
+def test_the_average_of_s_predicts_and_s_goes_on_training(finished: Finished, resume: Make) -> None:
+    checkpoint, trainer = finished.checkpoint("final"), resume("final")
+    averaged, current = checkpoint["network_weights"], checkpoint[CHECKPOINT_KEY]["segmenter"]
+    assert not torch.equal(*(state["decoder.seg_layers.0.weight"] for state in (averaged, current)))
+    trainer.on_train_start()
+    trainer.on_validation_epoch_start()
+    assert_same(dict(trainer.network.state_dict()), dict(averaged))
+    trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+    assert_same(dict(trainer.network.state_dict()), dict(current))
+    trainer.perform_actual_validation()
+    assert_same(dict(trainer.network.state_dict()), dict(averaged))
+
+
+def test_an_average_begins_as_s_itself_and_then_follows_it(make: Make) -> None:
+    trainer = make(averaged_iterations=1000)
+    trainer.on_train_start()
+    before = weights(trainer.network)
+    run_epoch(trainer)
+    after, averaged = weights(trainer.network), weights(trainer.gasnet_step.average)
+    # Over as many iterations as there have been, not over a thousand that would keep the first weights.
+    assert (averaged - after).norm() < 0.6 * (before - after).norm()
 
 
 def _plain(states: Mapping[str, Any]) -> dict[str, Any]:
@@ -654,6 +681,7 @@ def test_settings_of_the_checkpoint_win_and_differences_are_logged(resume: Make)
         "save_every_minutes: 10.0 -> 1e-06",
         "gallery_every_epochs: 0 -> 1",
         "lambda_s: 7.0 -> 100.0",
+        *(f"{name}: {getattr(GASNetSettings(), name)} -> {value}" for name, value in EVERYTHING.items()),
     ]
 
 
