@@ -120,8 +120,8 @@ def _scans(model: TrainedModel) -> str:
     if fingerprint.is_file():
         spacings = np.asarray(read_json(fingerprint).get("spacings", []), dtype=float)
         if spacings.ndim == 2 and len(spacings):
-            low, high = _times(spacings.min(axis=0)), _times(spacings.max(axis=0))
-            lines.append(f"Voxels of the scans: {low} to {high} mm (Z x Y x X).")
+            ends = dict.fromkeys((_times(spacings.min(axis=0)), _times(spacings.max(axis=0))))
+            lines.append(f"Voxels of the scans: {' to '.join(ends)} mm (Z x Y x X).")
     lines.append(f"The network sees {spacing} mm in patches of {patch} voxels.")
     for channel, scheme in enumerate(configuration.normalization_schemes):
         if scheme == "CTNormalization":

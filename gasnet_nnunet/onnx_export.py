@@ -187,7 +187,7 @@ def describe(model: TrainedModel, file: str, sha256: str) -> dict[str, Any]:
             {"step": "transpose", "axes": list(manager.transpose_forward)},
             {
                 "step": "crop",
-                "how": "to the box of the voxels that are not 0 in every channel (holes in them count as such)",
+                "how": "to the bounding box of the voxels that are not 0 in some channel",
             },
             {
                 "step": "normalise",
