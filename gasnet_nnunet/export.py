@@ -11,7 +11,6 @@ from __future__ import annotations
 import glob
 import io
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -33,6 +32,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from PIL import Image
 
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.files import written_whole
 from gasnet_nnunet.model_card import model_card
 from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.trained_model import CHECKPOINTS, TrainedFold, TrainedModel, load_predictor
@@ -212,8 +212,13 @@ def check_stock(model: TrainedModel) -> None:
                 f"the package {package}. Share it as ONNX (--onnx -o model.onnx), or as it is "
                 f"(nnUNetv2_export_model_to_zip) for machines that have {package}."
             )
-    with _silent():
-        trainer = recursive_find_trainer_class_by_name(model.trainer)
+    try:
+        with _silent():
+            trainer = recursive_find_trainer_class_by_name(model.trainer)
+    except RuntimeError:
+        raise UserError(
+            f"nnU-Net does not find {model.trainer}, which trained {model.folder}. gasnet-nnunet doctor says why."
+        ) from None
     if trainer.build_network_architecture is not nnUNetTrainer.build_network_architecture:
         raise UserError(
             f"{model.trainer} builds its network in a way of its own, which {STOCK_TRAINER} does not know. Share it as "
@@ -339,21 +344,6 @@ def write_archive(model: TrainedModel, path: Path, card: str) -> None:
             f"The archive could not be written to {path.parent}: {reason}. Make room there or name another place "
             "with -o."
         ) from None
-
-
-@contextmanager
-def written_whole(*outputs: Path) -> Iterator[list[Path]]:
-    """Temporary names to write to, which become the final ones if nothing was raised; else nothing is left of them."""
-    temporary = [path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in outputs]
-    try:
-        yield temporary
-        for written, path in zip(temporary, outputs, strict=True):
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(written, path)
-    finally:
-        for written in temporary:
-            written.unlink(missing_ok=True)
 
 
 def _compare(model: TrainedModel, archive: Path, case: Case, device: torch.device) -> Comparison:

@@ -21,7 +21,8 @@ from torch import nn
 
 from gasnet_nnunet import __version__
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.export import Case, check_output, written_whole
+from gasnet_nnunet.export import Case, check_output
+from gasnet_nnunet.files import written_whole
 from gasnet_nnunet.model_card import INTENDED_USE
 from gasnet_nnunet.trained_model import TrainedModel
 

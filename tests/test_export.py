@@ -430,6 +430,14 @@ BROKEN: dict[str, tuple[Callable[[Trained], object], tuple[object, ...], str]] =
         (),
         "lacks what nnU-Net's predictor needs",
     ),
+    "unknown trainer": (
+        lambda t: torch.save(
+            {**torch.load(t.fold / "checkpoint_final.pth", weights_only=False), "trainer_name": "NobodysTrainer"},
+            t.fold / "checkpoint_final.pth",
+        ),
+        (),
+        "nnU-Net does not find NobodysTrainer",
+    ),
     "missing plans": (lambda t: (t.model / "plans.json").unlink(), (), r"has no plans\.json"),
     "broken plans": (lambda t: cut(t.model / "plans.json"), (), r"plans\.json is no readable JSON"),
     "plans without the configuration": (

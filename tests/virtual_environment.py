@@ -1,7 +1,7 @@
 """Virtual environments for tests of what is installed and what is not.
 
-Nothing of the environment that runs the tests can stand in for what is tested: it lends its other packages as links, but
-neither nnU-Net nor ours.
+Nothing of the environment that runs the tests can stand in for what is tested: it lends its other packages as links,
+but neither nnU-Net nor ours.
 """
 
 from __future__ import annotations
