@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,3 +18,18 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(*outputs: Path) -> Iterator[list[Path]]:
+    """Temporary names to write to, which become the final ones if nothing was raised; else nothing is left of them."""
+    temporary = [path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in outputs]
+    try:
+        yield temporary
+        for written, path in zip(temporary, outputs, strict=True):
+            with written.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(written, path)
+    finally:
+        for written in temporary:
+            written.unlink(missing_ok=True)
