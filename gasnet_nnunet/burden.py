@@ -127,7 +127,7 @@ def _by_place(lesion: Mask, lungs: Mask | None, ct: NDArray[Any], grid: Grid, vo
         sides = _Sides(lungs, ct, grid)
         heights = _Heights(grid)
         low, high = heights.range_of(lungs)
-        for z in np.flatnonzero((lungs | lesion).any(axis=(1, 2))):
+        for z in np.flatnonzero((lungs | lesion).any(axis=(1, 2))).tolist():
             place = lungs[z] | lesion[z]
             # From above: 0 for the upper third.
             third = ((high - heights.of_slice(z)[place]) / max(high - low, 1e-6) * 3).astype(int).clip(0, 2)
@@ -169,7 +169,7 @@ class _Heights:
         return self._z[z] + self._plane
 
     def range_of(self, mask: Mask) -> tuple[float, float]:
-        heights = [self.of_slice(z)[mask[z]] for z in np.flatnonzero(mask.any(axis=(1, 2)))]
+        heights = [self.of_slice(z)[mask[z]] for z in np.flatnonzero(mask.any(axis=(1, 2))).tolist()]
         return min(float(one.min()) for one in heights), max(float(one.max()) for one in heights)
 
 

@@ -132,14 +132,14 @@ class LoadedModel:
         if not 0 < step_size <= 1:
             raise UserError(f"The step of the sliding window is {step_size:g}; expected above 0 and at most 1.")
         contents = [read_checkpoint(folder / f"fold_{fold}" / checkpoint) for fold in self.folds]
-        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net says what a CPU cannot do, at every start
-            self._predictor = self._new_predictor(step_size, mirroring)
-            try:
+        self._predictor = self._new_predictor(step_size, mirroring)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it tells where it looks for the trainer
                 self._predictor.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)
-            # What nnU-Net raises for trainers and architectures it cannot import, and for weights of another network.
-            except (RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(f"nnU-Net cannot load the model in {folder}: {reason}") from None
+        # What nnU-Net raises for trainers and architectures it cannot import, and for weights of another network.
+        except (RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"nnU-Net cannot load the model in {folder}: {reason}") from None
         self.plans: PlansManager = self._predictor.plans_manager
         self.configuration = self._predictor.configuration_manager
         self.dataset_json: dict[str, Any] = self._predictor.dataset_json
@@ -149,13 +149,14 @@ class LoadedModel:
         self._generators, self.no_restoration = self._load_generators(contents, step_size)
 
     def _new_predictor(self, step_size: float, mirroring: bool) -> nnUNetPredictor:
-        return nnUNetPredictor(
-            tile_step_size=step_size,
-            use_mirroring=mirroring,
-            perform_everything_on_device=self.device.type == "cuda",
-            device=self.device,
-            allow_tqdm=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it says what a CPU cannot do, every time
+            return nnUNetPredictor(
+                tile_step_size=step_size,
+                use_mirroring=mirroring,
+                perform_everything_on_device=self.device.type == "cuda",
+                device=self.device,
+                allow_tqdm=False,
+            )
 
     def _check_usable(self) -> None:
         if self.configuration.previous_stage_name is not None:
@@ -195,7 +196,8 @@ class LoadedModel:
         self, content: dict[str, Any], state: dict[str, Any], step_size: float
     ) -> tuple[nnUNetPredictor, IntensityWindow]:
         settings = _settings(content)
-        assert settings is not None and settings.window is not None
+        assert settings is not None
+        assert settings.window is not None
         window = IntensityWindow(settings.window)
         topology = Topology.from_arch_kwargs(self.configuration.network_arch_init_kwargs)
         network = build_generator(settings, topology, len(window.bounds))
