@@ -119,6 +119,7 @@ def write_case_report(
         warnings=list(warnings),
         burden=burden_rows(burden),
         volume=volume.content(),
+        aspect=volume.aspect,
         notes=volume.notes(),
         panels=volume.panels(),
         windows=WINDOWS if volume.is_hu else {},
@@ -149,10 +150,10 @@ def write_index(path: Path, rows: Sequence[IndexRow]) -> None:
         path: The page to write.
         rows: The cases, shown with the greatest burden first.
     """
-    columns = [name for name in index_columns([row.burden for row in rows])]
+    columns = index_columns([row.burden for row in rows])
     quantities = [quantity(name) for name in columns]
     table = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: _rank(row, columns)):
         flat = flatten(row.burden)
         values = [_number(flat.get(name)) for name in columns]
         table.append(
@@ -167,8 +168,14 @@ def write_index(path: Path, rows: Sequence[IndexRow]) -> None:
                 "failed": row.failed is not None,
             }
         )
-    table.sort(key=lambda row: -math.inf if not row["cells"] else -(row["cells"][0]["value"] or 0.0))
-    write_page(path, "index.html", title="Cases", quantities=quantities, rows=table)
+    failed = sum(row.failed is not None for row in rows)
+    write_page(path, "index.html", title="Cases", quantities=quantities, rows=table, failed=failed)
+
+
+def _rank(row: IndexRow, columns: Sequence[str]) -> float:
+    """The greater the burden the lower; cases without a number come last."""
+    number = _number(flatten(row.burden).get(columns[0])) if columns else None
+    return math.inf if number is None else -number
 
 
 # Burden ---------------------------------------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ class Quantity:
         """A value as it is shown."""
         number = _number(value)
         if value is None or (isinstance(value, float) and math.isnan(value)):
-            return "–"
+            return "-"
         if number is None:
             return str(value)
         return f"{number * self.factor:.{self.digits}f}"
@@ -253,7 +260,7 @@ def index_columns(burdens: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the numbers that get a column in the index."""
     present = dict.fromkeys(itertools.chain.from_iterable(flatten(burden) for burden in burdens))
     known = [name for name, shown in BURDEN.items() if shown.index and name in present]
-    return known or [name for name in present]
+    return known or list(present)
 
 
 def _number(value: Any) -> float | None:
@@ -328,7 +335,14 @@ class _Volume:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Voxels (Z, Y, X) as shown."""
-        return (len(self.ct), *self.ct[0].shape)  # type: ignore[return-value]
+        height, width = self.ct[0].shape
+        return len(self.ct), height, width
+
+    @property
+    def aspect(self) -> float:
+        """Width of a slice over its height, in mm."""
+        _, height, width = self.shape
+        return width * self.spacing[2] / (height * self.spacing[1])
 
     @property
     def key_slice(self) -> int:
@@ -342,7 +356,7 @@ class _Volume:
         if self.restored is not None:
             panels.append(("restored", "Restored CT"))
         if self.difference is not None:
-            panels.append(("difference", "Difference"))
+            panels.append(("difference", "CT - restored"))
         return panels
 
     def content(self) -> dict[str, Any]:

@@ -111,11 +111,15 @@ function draw(canvas, slice, grey) {
     }
     context.stroke();
   }
-  context.fillStyle = "#cfd6dc";
-  context.font = `${12 * fine}px system-ui, sans-serif`;
+  context.font = `600 ${13 * fine}px system-ui, sans-serif`;
   context.textBaseline = "middle";
-  context.fillText("R", 4 * fine, canvas.height / 2);
-  context.fillText("L", canvas.width - 12 * fine, canvas.height / 2);
+  context.fillStyle = "#fff";
+  context.strokeStyle = "#000";
+  context.lineWidth = 3 * fine;
+  for (const [side, x] of [["R", 4 * fine], ["L", canvas.width - 14 * fine]]) {
+    context.strokeText(side, x, canvas.height / 2);
+    context.fillText(side, x, canvas.height / 2);
+  }
 }
 
 async function show() {
