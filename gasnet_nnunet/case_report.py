@@ -217,6 +217,33 @@ class Quantity:
 BURDEN: dict[str, Quantity] = {
     "lesion_ml": Quantity("Lesion", "ml", 1, index=True),
     "lesion_percent": Quantity("Lesion of lung", "%", 1, index=True),
+    "lung_ml": Quantity("Lungs", "ml", 0),
+    "lesion_outside_lung_ml": Quantity("Lesion outside the lung mask", "ml", 1),
+    **{
+        f"{place}_{name}": Quantity(f"{place.capitalize()} {part}: {what}", unit, digits, index=index)
+        for place, part, index in (
+            ("left", "lung", True),
+            ("right", "lung", True),
+            ("upper", "third", False),
+            ("middle", "third", False),
+            ("lower", "third", False),
+        )
+        for name, what, unit, digits, index in (
+            ("lesion_ml", "lesion", "ml", 1, False),
+            ("percent", "lesion", "%", 1, index),
+            ("lung_ml", "volume", "ml", 0, False),
+        )
+    },
+    "ground_glass_ml": Quantity("Ground glass", "ml", 1),
+    "ground_glass_percent": Quantity("Ground glass of lesion", "%", 0),
+    "consolidated_ml": Quantity("Consolidated", "ml", 1),
+    "consolidated_percent": Quantity("Consolidated of lesion", "%", 0, index=True),
+    "components": Quantity("Separate lesions", "", 0),
+    "largest_component_ml": Quantity("Largest lesion", "ml", 1),
+    "lesion_mean_hu": Quantity("Mean of the lesions", "HU", 0),
+    "lesion_mean_hu_restored": Quantity("Mean of the lesions, restored", "HU", 0),
+    "lung_mean_hu": Quantity("Mean of the lungs", "HU", 0),
+    "lung_mean_hu_restored": Quantity("Mean of the lungs, restored", "HU", 0),
 }
 """Known names of the burden, in the order they are shown."""
 
