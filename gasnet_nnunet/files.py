@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that a reader sees the old or the new content, never a part of it."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content, never a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=4) + "\n")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -33,3 +33,8 @@ def written_whole(*outputs: Path) -> Iterator[list[Path]]:
     finally:
         for written in temporary:
             written.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file as `write_text` does."""
+    write_text(path, json.dumps(content, indent=4) + "\n")
