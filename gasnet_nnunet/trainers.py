@@ -617,6 +617,36 @@ class SupervisedBaselineTrainer(GASNetTrainer):
         )
 
 
+class VanillaTrainer(nnUNetTrainer):
+    """nnU-Net's own trainer, with the length and the seed of the settings in the plans instead of 1000 epochs.
+
+    The schedule, the augmentation and everything else are nnU-Net's: what a user of nnU-Net has without this package,
+    with as many updates of S as GASNetTrainer makes.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        with _one_sentence():
+            entry = self.configuration_manager.configuration.get(PLANS_KEY, {})
+            source = f"configurations.{configuration}.{PLANS_KEY} of {plans['plans_name']}.json"
+            settings = GASNetSettings.from_dict(entry, source=source)
+        self.num_epochs = settings.num_epochs
+        self.num_iterations_per_epoch = settings.iterations_per_epoch
+        self.num_val_iterations_per_epoch = settings.validation_iterations_per_epoch
+        # nnU-Net's 50 of 1000 epochs.
+        self.save_every = max(1, settings.num_epochs // 20)
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+            np.random.seed(settings.seed)
+
+
 def _inner(loss: nn.Module) -> Any:
     """nnU-Net's loss of one deep-supervision level."""
     return loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
