@@ -96,9 +96,11 @@ class UNetPlusPlus(PlainConvUNet):
     Shape: (B, C, Z, Y, X) -> (B, K, Z, Y, X) or, under deep supervision, a list of them from the finest level down.
     """
 
+    decoder: Any
+
     def __init__(self, **arch_kwargs: Any) -> None:
         super().__init__(**arch_kwargs)
-        plain: Any = self.decoder
+        plain = self.decoder
         # As many convolutions as in the decoder that is replaced, whose stages run from the coarsest to the finest.
         convolutions = [len(stage.convs) for stage in reversed(plain.stages)]
         self.decoder = NestedDecoder(self.encoder, plain.num_classes, convolutions, plain.deep_supervision)
