@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,11 @@ STARTING_SECONDS = 5.0
 """What it takes to start processes, each of which imports SimpleITK, scipy and perhaps torch."""
 TIMED_JOBS = 2
 """Jobs after which the rest is estimated; the first one may have to import something."""
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(

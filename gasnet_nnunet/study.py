@@ -22,7 +22,7 @@ from gasnet_nnunet.settings import GASNetSettings, plans_folder, preset_names
 
 OUR_TRAINERS = ("GASNetTrainer", "SupervisedBaselineTrainer", "VanillaTrainer")
 """Trainers that take their length and all else from the plans."""
-OWN = ("title", "like", "equal_time_with")
+OWN = ("title", "like", "equal_time_with", "init_from")
 """What an arm does not take from the one that it is like."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -59,6 +59,7 @@ class Arm(_Part):
         pseudo_labels: Iterative pseudo-labels; `None` for one training.
         equal_time_with: Arm whose measured training time this one gets, in updates at the speed of the arm that it is
             `like`.
+        init_from: Arm whose model on the same cases the training goes on from, with S, G and D.
         volumes: Patterns of the volume-level cases that it learns from; all of the fold if left out.
         masks: Numbers of masks, if it is not run with all of the study's.
     """
@@ -71,6 +72,7 @@ class Arm(_Part):
     settings: dict[str, Any] = Field(default_factory=dict)
     pseudo_labels: PseudoLabels | None = None
     equal_time_with: str | None = None
+    init_from: str | None = None
     volumes: tuple[str, ...] | None = None
     masks: tuple[Count, ...] | None = None
 
@@ -190,7 +192,7 @@ class Study(_Part):
         if (self.dataset is None) == (self.phantoms is None):
             raise ValueError("name a dataset (dataset: 501, or -d 501), or phantoms, and not both")
         if self.folds > 1 and self.test != "auto":
-            raise ValueError("test names one set of test cases, but with folds above 1 every case is tested: give either")
+            raise ValueError("test names one set of test cases, and with folds above 1 all are tested: give either")
         return self
 
     def title_of(self, arm: str) -> str:
@@ -220,14 +222,17 @@ class Study(_Part):
         waiting = list(self.arms)
         while waiting:
             ready = [key for key in waiting if set(self.needs(key)) <= set(order)]
+            if not ready:
+                break
             order += ready
             waiting = [key for key in waiting if key not in ready]
         return order
 
     def needs(self, arm: str) -> tuple[str, ...]:
-        """Arms whose measured time an arm waits for."""
+        """Arms whose runs an arm waits for, for their time or their model."""
         this = self.arms[arm]
-        return (this.equal_time_with, str(this.like)) if this.equal_time_with else ()
+        waited = [this.init_from, *((this.equal_time_with, this.like) if this.equal_time_with else ())]
+        return tuple(dict.fromkeys(other for other in waited if other is not None))
 
     def dump(self) -> str:
         """The study as YAML, which `load_study` reads again."""
@@ -320,10 +325,8 @@ def trainer_names() -> list[str]:
 
 def segmenter_names() -> list[str]:
     """Names that an arm's `segmenter` may have."""
-    try:
-        from gasnet_nnunet.segmenters import SEGMENTERS
-    except ImportError:
-        return []
+    from gasnet_nnunet.segmenters import SEGMENTERS
+
     return list(SEGMENTERS)
 
 
@@ -446,39 +449,46 @@ def _check(study: Study, problems: _Problems) -> None:
             except UserError as error:
                 problems.add((*place, "settings"), str(error))
         if arm.segmenter is not None and arm.segmenter not in segmenter_names():
-            valid = segmenter_names()
+            names = segmenter_names()
             problems.add(
                 (*place, "segmenter"),
-                f"there is no segmenter '{arm.segmenter}'.{hint(arm.segmenter, valid)} Valid: {', '.join(valid)}.",
+                f"there is no segmenter '{arm.segmenter}'.{hint(arm.segmenter, names)} Valid: {', '.join(names)}.",
             )
         for number in arm.masks or ():
             if number not in study.masks:
-                problems.add((*place, "masks"), f"{number} is none of the study's numbers of masks {list(study.masks)}.")
-        if arm.equal_time_with is not None:
-            _check_equal_time(study, key, problems)
+                problems.add((*place, "masks"), f"{number} is none of the study's numbers {list(study.masks)}.")
+        _check_needs(study, key, problems)
     if study.plan is not None and study.plan.preset not in preset_names():
         preset = study.plan.preset
         problems.add(("plan", "preset"), f"there is no preset '{preset}'.{hint(preset, preset_names())}")
 
 
-def _check_equal_time(study: Study, key: str, problems: _Problems) -> None:
-    arm, place = study.arms[key], ("arms", key, "equal_time_with")
-    if arm.equal_time_with not in study.arms:
-        problems.add(place, f"there is no arm '{arm.equal_time_with}'.{hint(str(arm.equal_time_with), list(study.arms))}")
-    elif arm.like is None:
-        problems.add(place, "an arm of equal time has to be `like` another arm, whose speed says how many updates fit.")
-    elif any(study.arms[other].equal_time_with for other in study.needs(key) if other in study.arms):
-        problems.add(place, "the time of an arm that itself waits for another one cannot be taken.")
-    elif arm.trainer not in OUR_TRAINERS:
-        problems.add(
-            place,
-            f"{arm.trainer} does not take its length from the plans; take one of {', '.join(OUR_TRAINERS)}.",
-        )
-    else:
-        for other in study.needs(key):
-            missing = sorted(set(study.masks_of(key)) - set(study.masks_of(other)))
-            if missing:
-                problems.add(place, f"'{other}' is not run with {missing} masks, so there is no time to take from it.")
+def _check_needs(study: Study, key: str, problems: _Problems) -> None:
+    """The arms that an arm waits for exist, come first, and are run with as many masks."""
+    arm, place = study.arms[key], ("arms", key)
+    for entry in ("equal_time_with", "init_from"):
+        other = getattr(arm, entry)
+        if other is not None and other not in study.arms:
+            valid = list(study.arms)
+            problems.add((*place, entry), f"there is no arm '{other}'.{hint(other, valid)} Arms: {', '.join(valid)}.")
+            return
+    if arm.equal_time_with is not None:
+        if arm.like is None:
+            problems.add(
+                (*place, "equal_time_with"),
+                "such an arm has to be `like` another one, whose speed says how many updates fit into the time.",
+            )
+        if arm.trainer not in OUR_TRAINERS:
+            problems.add(
+                (*place, "trainer"),
+                f"{arm.trainer} does not take its length from the plans; of equal time are {', '.join(OUR_TRAINERS)}.",
+            )
+    for other in study.needs(key):
+        if key not in study.ordered_arms():
+            problems.add(place, f"it waits for '{other}', which waits for it.")
+        missing = sorted(set(study.masks_of(key)) - set(study.masks_of(other)))
+        if missing:
+            problems.add(place, f"it waits for '{other}', which is not run with {missing} masks.")
 
 
 def _importable(trainer: str) -> bool:

@@ -15,9 +15,10 @@ from rich.markup import escape
 
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
+from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS, find_dataset, read_json
 from gasnet_nnunet.study import Phantoms, Plan, Study
-from gasnet_nnunet.study_runner import cores, find_script
+from gasnet_nnunet.study_runner import find_script
 from gasnet_nnunet.study_workspace import Workspace, check_folder, open_workspace
 
 PHANTOM_DATASET = 902

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from gasnet_nnunet.study_runner import EPOCH_TIME, record_of, updates_of
 from gasnet_nnunet.study_workspace import Run, Workspace
 
+
 class Estimate:
     """What remains of a study.
 

@@ -12,27 +12,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.style
-import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from gasnet_nnunet.evaluation import MODEL_COLOURS, PERCENTAGES, evaluate_folder, plot_overlays
-from gasnet_nnunet.files import write_json
+from gasnet_nnunet.evaluation import (
+    METRICS,
+    MODEL_COLOURS,
+    PAPER_METRICS,
+    differences_text,
+    paired_differences,
+    plot_comparison,
+    plot_overlays,
+    to_markdown,
+)
 from gasnet_nnunet.raw_dataset import read_json
-from gasnet_nnunet.study_workspace import Run, Workspace
+from gasnet_nnunet.study_runner import SESSIONS, record_of, state_of
+from gasnet_nnunet.study_splits import Deal
+from gasnet_nnunet.study_workspace import Workspace
 
-if TYPE_CHECKING:
-    from gasnet_nnunet.study_runner import Clock
-
-SESSIONS = "time.json"
-HEADINGS = {**PERCENTAGES, "choices": "Mean Dice % of each choice", "updates": "Updates of S", "minutes": "Training, min"}
-SHOWN_CASES = (3, 1)
-"""Diseased and healthy cases of which the overlays show what every arm found."""
+HEADINGS = (
+    *(METRICS[name].heading for name in PAPER_METRICS),
+    "Mean Dice % of each choice",
+    "Updates of S",
+    "Training, min",
+)
+MOST_COMPARED = 6
+"""Arms whose overlays fit beside each other."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +62,11 @@ class Report:
     failed: int
 
 
-def score_run(workspace: Workspace, run: Run, predictions: Path, target: Path) -> None:
-    """Score the predictions of a run and write a row a case.
-
-    Args:
-        workspace: The study.
-        run: The run.
-        predictions: Folder of what its model found.
-        target: CSV file to write.
-
-    Raises:
-        UserError: A prediction or a mask is missing or does not fit.
-    """
-    tests = workspace.test_set(run.deal)
-    frame = evaluate_folder(
-        predictions,
-        tests.folder / "masks",
-        lungs=tests.lungs,
-        file_ending=workspace.ending,
-        ignore_label=workspace.ignore_label,
-    )
-    _write(target, frame.to_csv())
-
-
-def write_report(workspace: Workspace, clock: Clock | None = None) -> Report:
+def write_report(workspace: Workspace) -> Report:
     """Collect what the runs have left.
 
     Args:
         workspace: The study.
-        clock: Of what has just been run.
     """
     runs = _runs(workspace)
     results = _results(workspace, runs)
@@ -92,9 +78,10 @@ def write_report(workspace: Workspace, clock: Clock | None = None) -> Report:
     if not results.empty:
         files.append(out / "results.csv")
         _write(files[-1], results.to_csv(index=False))
+        text += _differences(workspace, runs, results)
         text += _subsets(workspace, runs, results)
         files += _figures(workspace, runs, results)
-    remarks = _remarks(workspace, runs, clock)
+    remarks = _remarks(workspace, runs)
     text.append("\n".join(f"- {remark}" for remark in remarks) + "\n")
     files.append(out / "summary.md")
     _write(files[-1], "\n".join(text))
@@ -108,8 +95,6 @@ def write_report(workspace: Workspace, clock: Clock | None = None) -> Report:
 
 def _runs(workspace: Workspace) -> pd.DataFrame:
     """A row for each run of the study as it is now."""
-    from gasnet_nnunet.study_runner import record_of, state_of
-
     rows = []
     for run in workspace.runs:
         content = record_of(workspace, run).content
@@ -140,7 +125,12 @@ def _results(workspace: Workspace, runs: pd.DataFrame) -> pd.DataFrame:
         path = workspace.out / "runs" / run.arm / f"{run.deal.name}.csv"
         if state == "done" and path.is_file():
             frame = pd.read_csv(path, dtype={"case": str})
-            places = {"arm": run.arm, "masks": run.deal.masks, "repeat": run.deal.repeat, "fold": run.deal.fold}
+            places: dict[str, Any] = {
+                "arm": run.arm,
+                "masks": run.deal.masks,
+                "repeat": run.deal.repeat,
+                "fold": run.deal.fold,
+            }
             for position, (name, value) in enumerate(places.items()):
                 frame.insert(position, name, value)
             frames.append(frame)
@@ -162,20 +152,16 @@ def _cells(
             row = [study.title_of(arm), str(number), f"{len(done)} of {len(mine)}"]
             of_run = results[(results["arm"] == arm) & (results["masks"] == number)] if not results.empty else results
             if of_run.empty:
-                states = ", ".join(sorted(set(mine["state"])))
-                rows.append([*row, *(states if name == "dice" else "" for name in HEADINGS)])
+                rows.append([*row, ", ".join(sorted(set(mine["state"]))), *([""] * (len(HEADINGS) - 1))])
                 continue
             by_case = of_run.groupby("case").mean(numeric_only=True)
-            for metric in PERCENTAGES:
-                values = 100 * judged(by_case, metric)
-                row.append(_mean(values))
-            choices = [100 * judged(frame, "dice").mean() for _, frame in of_run.groupby("repeat")]
-            row.append(", ".join(f"{value:.1f}" for value in choices))
+            row += [_mean(by_case, metric) for metric in PAPER_METRICS]
+            choices = [judged(frame, "dice").mean() for _, frame in of_run.groupby("repeat")]
+            row.append(", ".join(METRICS["dice"].text(value) for value in choices))
             row.append(f"{done['updates'].mean():.0f}")
             row.append(f"{done['training_seconds'].mean() / 60:.1f}")
             rows.append(row)
-    header = ["Arm", "Masks", "Runs done", *HEADINGS.values()]
-    return header, rows
+    return ["Arm", "Masks", "Runs done", *HEADINGS], rows
 
 
 def judged(frame: pd.DataFrame, metric: str) -> pd.Series:
@@ -186,13 +172,42 @@ def judged(frame: pd.DataFrame, metric: str) -> pd.Series:
         metric: One of its columns.
     """
     healthy = frame["lesion_ml"] == 0
-    return frame.loc[healthy if metric == "false_positive_lung" else ~healthy, metric].dropna()
+    return frame.loc[healthy if METRICS[metric].healthy else ~healthy, metric].dropna()
 
 
-def _mean(values: pd.Series) -> str:
+def _mean(frame: pd.DataFrame, metric: str) -> str:
+    values, shown = judged(frame, metric), METRICS[metric]
     if values.empty:
         return ""
-    return f"{values.mean():.1f}" if len(values) == 1 else f"{values.mean():.1f} ± {values.std():.1f}"
+    return shown.text(values.mean()) + (f" ± {shown.text(values.std())}" if len(values) > 1 else "")
+
+
+def _frames(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, number: int) -> dict[str, pd.DataFrame]:
+    """The mean of each case over the choices, for the arms all of whose runs are done, by their titles."""
+    frames = {}
+    for arm in workspace.study.arms:
+        mine = runs[(runs["arm"] == arm) & (runs["masks"] == number)]
+        if len(mine) and (mine["state"] == "done").all():
+            of_arm = results[(results["arm"] == arm) & (results["masks"] == number)]
+            frames[workspace.study.title_of(arm)] = of_arm.groupby("case").mean(numeric_only=True)
+    return frames
+
+
+def _differences(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) -> list[str]:
+    """How much every arm differs from the first one on the same cases."""
+    text = []
+    first = workspace.study.title_of(next(iter(workspace.study.arms)))
+    for number in workspace.study.masks:
+        frames = _frames(workspace, runs, results, number)
+        if first in frames and len(frames) > 1:
+            found = paired_differences(frames, reference=first, metrics=PAPER_METRICS)
+            table = differences_text(found[found["n"] > 1], frames)
+            text.append(
+                f"## Against {first}, {number} mask{'s' if number > 1 else ''}\n\nMean of the differences on the same "
+                "cases, its 95 % interval by bootstrap over the cases, and a signed-rank test.\n\n"
+                + to_markdown(table.set_index("Model"))
+            )
+    return text
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -221,12 +236,12 @@ def _subsets(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) ->
     return text
 
 
-def _remarks(workspace: Workspace, runs: pd.DataFrame, clock: Clock | None) -> list[str]:
+def _remarks(workspace: Workspace, runs: pd.DataFrame) -> list[str]:
     remarks = []
     for _, row in runs[runs["reason"] != ""].iterrows():
         name = f"{row['arm']}/masks{row['masks']}_repeat{row['repeat']}_fold{row['fold']}"
         remarks.append(f"{name}: {row['state']}: {' '.join(str(row['reason']).split())}")
-    times = _times(workspace, clock)
+    times = _times(workspace)
     total = sum(times.values())
     if total:
         shares = ", ".join(f"{name} {seconds:.0f} s ({100 * seconds / total:.1f} %)" for name, seconds in times.items())
@@ -234,16 +249,10 @@ def _remarks(workspace: Workspace, runs: pd.DataFrame, clock: Clock | None) -> l
     return remarks
 
 
-def _times(workspace: Workspace, clock: Clock | None) -> dict[str, float]:
+def _times(workspace: Workspace) -> dict[str, float]:
     """Seconds of all sessions of the study; the study's own is what was neither of the others."""
     path = workspace.out / SESSIONS
     sessions: list[dict[str, float]] = read_json(path)["sessions"] if path.is_file() else []
-    if clock is not None:
-        made = workspace.preparation_seconds
-        spent = {"training": clock.training, "prediction": clock.prediction, "pseudo-labels": clock.other}
-        own = clock.total - sum(spent.values()) - made
-        sessions.append({**spent, "data and plans": made, "the study itself": own})
-        write_json(path, {"sessions": sessions})
     names = list(dict.fromkeys(name for session in sessions for name in session))
     return {name: sum(session.get(name, 0.0) for session in sessions) for name in names}
 
@@ -256,35 +265,38 @@ def _figures(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) ->
         made.append(workspace.out / "dice_over_masks.png")
         _plot_over_masks(workspace, results, made[-1])
     for number in numbers:
-        made.append(workspace.out / f"arms_masks{number}.png")
-        _plot_arms(workspace, results[results["masks"] == number], made[-1], number)
+        frames = _frames(workspace, runs, results, number)
+        if frames:
+            made.append(workspace.out / f"arms_masks{number}.png")
+            plot_comparison(frames, made[-1], metrics=PAPER_METRICS)
     for deal in workspace.deals:
-        done = runs[(runs["masks"] == deal.masks) & (runs["repeat"] == deal.repeat) & (runs["fold"] == deal.fold)]
-        arms = list(done.loc[done["state"] == "done", "arm"])
-        if len(arms) == len(done):
+        mine = runs[(runs["masks"] == deal.masks) & (runs["repeat"] == deal.repeat) & (runs["fold"] == deal.fold)]
+        if (mine["state"] == "done").all():
             made.append(workspace.out / "overlays.png")
-            tests = workspace.test_set(deal)
-            scores = results[(results["arm"] == arms[0]) & (results["fold"] == deal.fold)].drop_duplicates("case")
-            ill = scores.loc[scores["lesion_ml"] > 0].sort_values("lesion_ml", ascending=False)["case"]
-            well = scores.loc[scores["lesion_ml"] == 0, "case"]
-            # The largest, the middle and the smallest lesions, so that no method shows its best side only.
-            spread = [ill.iloc[i] for i in sorted({0, len(ill) // 2, len(ill) - 1})] if len(ill) else []
-            plot_overlays(
-                made[-1],
-                images=tests.folder / "images",
-                references=tests.folder / "masks",
-                predictions={
-                    workspace.study.title_of(arm): workspace.out / "predictions" / arm / deal.name for arm in arms
-                },
-                cases=[*spread[: SHOWN_CASES[0]], *well[: SHOWN_CASES[1]]],
-                file_ending=workspace.ending,
-            )
+            _draw_overlays(workspace, deal, list(mine["arm"])[:MOST_COMPARED], results, made[-1])
             break
     return made
 
 
+def _draw_overlays(workspace: Workspace, deal: Deal, arms: list[str], results: pd.DataFrame, path: Path) -> None:
+    """What the arms found in the largest, the middle and the smallest burden, and in a healthy case."""
+    tests = workspace.test_set(deal)
+    scores = results[(results["arm"] == arms[0]) & (results["fold"] == deal.fold)].drop_duplicates("case")
+    ill = list(scores.loc[scores["lesion_ml"] > 0].sort_values("lesion_ml", ascending=False)["case"])
+    well = list(scores.loc[scores["lesion_ml"] == 0, "case"])
+    spread = [ill[position] for position in sorted({0, len(ill) // 2, len(ill) - 1})] if ill else []
+    plot_overlays(
+        path,
+        images=tests.folder / "images",
+        references=tests.folder / "masks",
+        predictions={workspace.study.title_of(arm): workspace.out / "predictions" / arm / deal.name for arm in arms},
+        cases=[*spread, *well[:1]],
+        file_ending=workspace.ending,
+    )
+
+
 def _colours(workspace: Workspace) -> Mapping[str, Any]:
-    colours = list(MODEL_COLOURS)
+    colours: list[Any] = list(MODEL_COLOURS)
     if len(workspace.study.arms) > len(colours):
         colours = [matplotlib.colormaps["tab20"](index) for index in range(20)]
     return {arm: colours[index % len(colours)] for index, arm in enumerate(workspace.study.arms)}
@@ -313,35 +325,6 @@ def _plot_over_masks(workspace: Workspace, results: pd.DataFrame, path: Path) ->
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
-        _save(figure, path)
-
-
-def _plot_arms(workspace: Workspace, results: pd.DataFrame, path: Path, number: int) -> None:
-    """Dice and false positives of every test case under every arm, each by its mean over the choices."""
-    arms = [arm for arm in workspace.study.arms if (results["arm"] == arm).any()]
-    frames = {arm: results[results["arm"] == arm].groupby("case").mean(numeric_only=True) for arm in arms}
-    metrics = [name for name in ("dice", "false_positive_lung") if any(len(judged(f, name)) for f in frames.values())]
-    colours = _colours(workspace)
-    with matplotlib.style.context("default"):
-        figure = Figure(figsize=(4.6 * len(metrics) + 1.5, 0.45 * len(arms) + 1.3), layout="constrained")
-        axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
-        for axis, metric in zip(axes, metrics, strict=True):
-            columns = pd.DataFrame({arm: 100 * judged(frames[arm], metric) for arm in arms})
-            positions = np.arange(len(arms))
-            axis.plot(columns.to_numpy().T, positions, color="0.85", linewidth=0.8, zorder=1)
-            for position, arm in zip(positions, arms, strict=True):
-                values = columns[arm].dropna()
-                axis.scatter(values, [position] * len(values), color=colours[arm], s=20, alpha=0.8, zorder=2)
-                axis.vlines(values.mean(), position - 0.3, position + 0.3, color="black", linewidth=2, zorder=3)
-                axis.annotate(
-                    f"{values.mean():.1f}", (values.mean(), position - 0.32), ha="center", va="bottom", fontsize=8
-                )
-            axis.set_yticks(positions, [workspace.study.title_of(arm) for arm in arms], fontsize=9)
-            axis.set_ylim(len(arms) - 0.4, -0.8)
-            axis.set_title(f"{PERCENTAGES[metric]} (n = {len(columns.dropna(how='all'))})", fontsize=10)
-            axis.grid(axis="x", alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-        figure.supxlabel(f"{number} mask{'s' if number > 1 else ''} to learn from; black: mean", fontsize=9)
         _save(figure, path)
 
 

@@ -1,7 +1,7 @@
 """How a study is run: nnU-Net's own commands one after the other, what is done skipped, what was cut off resumed.
 
-A run is a chain of steps, each with a fingerprint of all that it depends on: trainer, plans, cases, and the step before.
-A step counts as done if its record holds this fingerprint and its files are there. Results of another fingerprint are
+A run is a chain of steps, each with a fingerprint of all that it depends on: trainer, plans, cases, the step before. A
+step counts as done if its record holds this fingerprint and its files are there. Results of another fingerprint are
 moved to OUT/superseded, never overwritten.
 """
 
@@ -27,10 +27,12 @@ from filelock import FileLock, Timeout
 
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
+from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.study import OUR_TRAINERS
 from gasnet_nnunet.study_workspace import Run, TestSet, Workspace, fingerprint, link
 
+SESSIONS = "time.json"
 LAST_LINES = 12
 SECONDS_BETWEEN_LOOKS = 0.5
 EPOCH_TIME = re.compile(r"Epoch time: ([0-9.]+) s")
@@ -42,11 +44,11 @@ FEW_CORES = 4
 Watcher = Callable[[str], None]
 
 
-class Failed(Exception):
+class RunError(Exception):
     """A command of a run ended with a status other than 0; the message is what the tables show."""
 
 
-class Waiting(Exception):
+class WaitingError(Exception):
     """A run needs the time of another one, which is not there."""
 
 
@@ -148,7 +150,7 @@ def state_of(workspace: Workspace, run: Run, device: str = "cpu") -> str:
     state = str(record.content["state"])
     try:
         steps = steps_of(workspace, run, device)
-    except Waiting:
+    except WaitingError:
         return "new" if state == "done" else state
     if all(is_done(step, record) for step in steps):
         return "done"
@@ -188,7 +190,7 @@ def steps_of(workspace: Workspace, run: Run, device: str) -> list[Step]:
         device: nnU-Net's `-device`.
 
     Raises:
-        Waiting: The arm gets the time of another one, which is not known yet.
+        WaitingError: The arm gets the time of another one, which is not known yet.
     """
     return _Chain(workspace, run, device).steps()
 
@@ -227,22 +229,25 @@ class _Chain:
         return self.workspace.out / kind / self.run.arm / self.run.deal.name
 
     def _plans_name(self) -> str:
-        # An arm of equal time trains each fold for another number of epochs.
-        return f"{self.run.arm}-fold{self.run.number}" if self.arm.equal_time_with else self.run.arm
+        # Their plans differ from fold to fold: in the number of epochs, or in the model to go on from.
+        alone = self.arm.equal_time_with or self.arm.init_from
+        return f"{self.run.arm}-fold{self.run.number}" if alone else self.run.arm
+
+    def _other(self, arm: str) -> Run:
+        """The run of another arm on the same cases, which this one waits for."""
+        other = next(run for run in self.workspace.runs if run.arm == arm and run.deal == self.run.deal)
+        if state_of(self.workspace, other, self.device) != "done":
+            raise WaitingError(f"it waits for {other.name}, which is not done")
+        return other
 
     def _epochs(self) -> int:
         epochs = int(self.workspace.settings(self.run.arm)["num_epochs"])
         if self.arm.equal_time_with is None:
             return epochs
         times = {}
-        for arm in self.study.needs(self.run.arm):
-            other = next(
-                run for run in self.workspace.runs if run.arm == arm and run.deal == self.run.deal
-            )
-            record = record_of(self.workspace, other)
-            if state_of(self.workspace, other, self.device) != "done":
-                raise Waiting(f"it gets the time of '{arm}', whose run {other.name} is not done")
-            times[arm] = float(record.content["training_seconds"]), int(record.content["epochs"])
+        for arm in (self.arm.equal_time_with, str(self.arm.like)):
+            content = record_of(self.workspace, self._other(arm)).content
+            times[arm] = float(content["training_seconds"]), int(content["epochs"])
         budget = times[str(self.arm.equal_time_with)][0]
         seconds, done = times[str(self.arm.like)]
         return max(1, round(budget / (seconds / done)))
@@ -250,7 +255,7 @@ class _Chain:
     def _train(self, name: str, plans_name: str, epochs: int, environment: Mapping[str, str]) -> tuple[Model, Step]:
         workspace, run = self.workspace, self.run
         folder = workspace.fold_folder(run, plans_name)
-        plans = workspace.with_epochs(run.arm, epochs)
+        plans = workspace.with_settings(run.arm, num_epochs=epochs, **(self._start() if name == "train" else {}))
         entry = run.deal.entry(self.arm.volumes)
         command = (
             *("nnUNetv2_train", workspace.dataset.name, self.study.configuration, str(run.number)),
@@ -269,6 +274,16 @@ class _Chain:
         made = (folder / f"checkpoint_{self.study.checkpoint}.pth", folder / "checkpoint_final.pth")
         step = Step(name, "train", self.last, made, work, (folder,), (command,), model=folder, epochs=epochs)
         return Model(plans_name, folder), step
+
+    def _start(self) -> dict[str, Any]:
+        """Setting of an arm that goes on from the model of another one."""
+        if self.arm.init_from is None:
+            return {}
+        other = self._other(self.arm.init_from)
+        steps = steps_of(self.workspace, other, self.device)
+        model = next(step.model for step in reversed(steps) if step.model is not None)
+        self.last = fingerprint(self.last, steps[-1].fingerprint)
+        return {"init_from": str(model / f"checkpoint_{self.study.checkpoint}.pth")}
 
     def _predict(self, model: Model) -> Step:
         tests = self.workspace.test_set(self.run.deal)
@@ -381,10 +396,10 @@ class Runner:
                 if not is_done(step, record):
                     self._do(run, step, record)
             self._finish(run, steps, record)
-        except (Failed, UserError) as problem:
+        except (RunError, UserError) as problem:
             record.note(state="failed", reason=str(problem))
             return "failed"
-        except Waiting as problem:
+        except WaitingError as problem:
             record.note(state="waiting", reason=str(problem))
             return "waiting"
         record.note(state="done")
@@ -409,7 +424,7 @@ class Runner:
             record.note(step.name, seconds=seconds + time.monotonic() - start)
         missing = [path for path in step.made if not path.exists()]
         if missing:
-            raise Failed(f"{step.name} ended without {missing[0]}; all it said is in {log}")
+            raise RunError(f"{step.name} ended without {missing[0]}; all it said is in {log}")
         if step.model is not None:
             record.note(step.name, training_seconds=training_seconds(step.model))
         record.note(step.name, done=True)
@@ -439,16 +454,31 @@ class Runner:
         )
         scores = self.workspace.out / "runs" / run.arm / f"{run.deal.name}.csv"
         if not scores.is_file() or record.content.get("scored") != steps[-1].fingerprint:
-            from gasnet_nnunet.study_report import score_run
-
-            score_run(self.workspace, run, steps[-1].made[0].parent, scores)
+            _score(self.workspace, run, steps[-1].made[0].parent, scores)
             record.note(scored=steps[-1].fingerprint)
+
+    def note_time(self) -> None:
+        """Note where the time of this session went; `study_report` adds the sessions up."""
+        made = self.workspace.preparation_seconds
+        spent = {
+            "training": self.clock.training,
+            "prediction": self.clock.prediction,
+            "preprocessing of pseudo-labels": self.clock.other,
+            "data and plans": made,
+        }
+        spent["the study itself"] = self.clock.total - sum(spent.values())
+        path = self.workspace.out / SESSIONS
+        with FileLock(path.with_suffix(".lock")):
+            sessions = list(read_json(path)["sessions"]) if path.is_file() else []
+            write_json(path, {"sessions": [*sessions, spent]})
+        self.clock = Clock()
+        self.workspace.preparation_seconds = 0.0
 
     def call(self, command: Sequence[str], environment: Mapping[str, str], log: Path, kind: str) -> None:
         """Run a command with its output in a log file.
 
         Raises:
-            Failed: It ended with a status other than 0.
+            RunError: It ended with a status other than 0.
         """
         start = time.monotonic()
         last: deque[str] = deque(maxlen=LAST_LINES)
@@ -485,7 +515,7 @@ class Runner:
             status = f"status {process.returncode}"
             if process.returncode < 0:
                 status = f"signal {-process.returncode} ({signal.Signals(-process.returncode).name})"
-            raise Failed(f"{command[0]} ended with {status}; log: {log}; last lines:\n" + "\n".join(last))
+            raise RunError(f"{command[0]} ended with {status}; log: {log}; last lines:\n" + "\n".join(last))
 
 
 @contextmanager
@@ -522,9 +552,22 @@ def find_script(name: str) -> str:
     return found
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _score(workspace: Workspace, run: Run, predictions: Path, target: Path) -> None:
+    """Score the predictions of a run and write a row a case."""
+    from gasnet_nnunet.evaluation import evaluate_folder
+
+    tests = workspace.test_set(run.deal)
+    frame = evaluate_folder(
+        predictions,
+        tests.folder / "masks",
+        lungs=tests.lungs,
+        file_ending=workspace.ending,
+        num_processes=cores(),
+        ignore_label=workspace.ignore_label,
+    )
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    frame.to_csv(temporary)
+    os.replace(temporary, target)
 
 
 def _numbers(run: Run) -> dict[str, Any]:

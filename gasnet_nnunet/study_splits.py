@@ -1,7 +1,8 @@
 """Which cases a study trains and tests on: choices of the masks, folds, and test cases of patients never learnt from.
 
 A run learns from N masks. The masks of all other cases that are not tested are hidden, so those are diseased volumes.
-Nothing is held out to be watched: a study predicts with the last checkpoint, and each volume counts where there are few.
+Nothing is held out to be watched: a study predicts with the last checkpoint, and where there are few, each volume
+counts.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def make_deals(
 ) -> list[Deal]:
     """The cases of every run of an arm.
 
-    The choices of a repeat are nested: those of 4 masks hold that of 1. Those of two repeats have as few masks in common
-    as that allows; a choice that would come twice, as with all masks there are, comes once.
+    The choices of a repeat are nested: those of 4 masks hold that of 1. Those of two repeats have as few masks in
+    common as that allows; a choice that would come twice, as with all masks there are, comes once.
 
     Args:
         study: The study.
@@ -148,8 +149,8 @@ def make_deals(
             )
         if study.masks[-1] > len(pool):
             raise UserError(
-                f"masks: {study.masks[-1]} are asked for, but only {len(pool)} cases with a mask are left to learn from "
-                f"in fold {fold}, whose tested patients have {len(held_out)} cases. Ask for fewer, or test fewer."
+                f"masks: {study.masks[-1]} are asked for, but only {len(pool)} cases with a mask are left to learn "
+                f"from in fold {fold}, whose tested patients have {len(held_out)} cases. Ask for fewer, or test fewer."
             )
         test = tuple(case for case in sorted(held_out) if _can_be_tested(cohort, case, truths))
         if _uses_images_ts(study, images_ts):
@@ -179,8 +180,8 @@ def _test_sets(
     """The groups that each fold tests; none are learnt from."""
     if study.test == IMAGES_TS and not images_ts:
         raise UserError(
-            "test: imagesTs is asked for, but the dataset has no test cases with masks. Put masks of them into labelsTs, "
-            "or name the folder that holds them as 'truth'."
+            "test: imagesTs is asked for, but the dataset has no test cases with masks. Put masks of them into "
+            "labelsTs, or name the folder that holds them as 'truth'."
         )
     if study.folds == 1 and _uses_images_ts(study, images_ts):
         return [{groups[case] for case in images_ts if case in groups}]
@@ -203,9 +204,7 @@ def _test_sets(
             )
         # Healthy patients are dealt out from the other end, so that folds have about as many cases each.
         dealt = [set(ill[fold :: study.folds]) for fold in range(study.folds)]
-        return [
-            tested | set(well[study.folds - 1 - fold :: study.folds]) for fold, tested in enumerate(dealt)
-        ]
+        return [tested | set(well[study.folds - 1 - fold :: study.folds]) for fold, tested in enumerate(dealt)]
     number = study.test if isinstance(study.test, int) else max(1, len(ill) // SHARE_TESTED)
     if number >= len(ill):
         raise UserError(
@@ -243,9 +242,7 @@ def _pool(study: Study, cohort: Cohort, held_out: Collection[str]) -> list[str]:
     pool: list[str] = []
     for pattern in study.labelled:
         if not any(fnmatchcase(case, pattern) for case in cohort.labelled):
-            raise UserError(
-                f"labelled: '{pattern}' is no case with a mask. There are {abbreviate(cohort.labelled)}."
-            )
+            raise UserError(f"labelled: '{pattern}' is no case with a mask. There are {abbreviate(cohort.labelled)}.")
         found = [case for case in free if fnmatchcase(case, pattern) and case not in pool]
         pool += _shuffled(found, study.seed + 2)
     return pool

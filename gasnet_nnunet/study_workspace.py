@@ -1,7 +1,7 @@
 """The folders of a study: nnU-Net finds the arms' plans and the study's own split there, and leaves its models there.
 
     OUT/study.yaml                      the study, resolved
-    OUT/nnUNet_preprocessed/DatasetNNN  links to the preprocessed cases; plans of every arm; the study's splits_final.json
+    OUT/nnUNet_preprocessed/DatasetNNN  links to the preprocessed cases, plans of every arm, splits_final.json
     OUT/nnUNet_results/DatasetNNN       <trainer>__<arm>__<configuration>/fold_<number>
     OUT/test/<set>/images|masks|lungs   links to the test cases
     OUT/predictions/<arm>/<run>         what each model found
@@ -11,8 +11,8 @@
 
 The user's own folders are read only, but for `gasnet-nnunet plan` where the study asks for it: nnU-Net reads
 `splits_final.json` beside the preprocessed cases and names results by plans and fold, so a study that worked in there
-would replace the user's split and mix with the user's models. A fold's number stands for its content: adding arms, masks
-or repeats to a study keeps the numbers, and so the models, of those that were there.
+would replace the user's split and mix with the user's models. A fold's number stands for its content: adding arms,
+masks or repeats to a study keeps the numbers, and so the models, of those that were there.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ class Workspace:
         self.groups = read_groups(self.cohort, study.groups)
         self.truths = self._truths()
         self.images_ts = self._images_ts()
-        self.deals = make_deals(
-            study, self.cohort, self.groups, truths=self.truths, images_ts=self.images_ts
-        )
+        self.deals = make_deals(study, self.cohort, self.groups, truths=self.truths, images_ts=self.images_ts)
         self._numbers: dict[str, int] = {}
         self.preparation_seconds = 0.0
 
@@ -127,6 +125,14 @@ class Workspace:
             "nnUNet_raw": str(self.dataset.raw.parent),
             "nnUNet_preprocessed": str(self.preprocessed.parent),
             "nnUNet_results": str(self.results.parent),
+        }
+
+    def environment_of_user(self) -> dict[str, str]:
+        """nnU-Net's folders as they were when the study was opened."""
+        return {
+            "nnUNet_raw": str(self.dataset.raw.parent),
+            "nnUNet_preprocessed": str(self.base.parent),
+            "nnUNet_results": os.environ["nnUNet_results"],
         }
 
     def write(self) -> None:
@@ -178,10 +184,10 @@ class Workspace:
         """Write plans under a name of their own, which keeps the results of arms apart."""
         write_json(folder / f"{name}.json", {**plans, "plans_name": name})
 
-    def with_epochs(self, arm: str, epochs: int) -> dict[str, Any]:
-        """The plans of an arm with another length of the training."""
+    def with_settings(self, arm: str, **settings: Any) -> dict[str, Any]:
+        """The plans of an arm with other settings."""
         plans = copy.deepcopy(self.plans[arm])
-        plans["configurations"][self.study.configuration][PLANS_KEY]["num_epochs"] = epochs
+        plans["configurations"][self.study.configuration][PLANS_KEY].update(settings)
         return plans
 
     def settings(self, arm: str) -> dict[str, Any]:
@@ -332,9 +338,7 @@ class Workspace:
             from gasnet_nnunet.cohort import raise_problems
             from gasnet_nnunet.parallel import run_jobs
 
-            jobs = [
-                (self._images(case, deal)[0], folder / "lungs" / f"{case}{self.ending}", organ) for case in missing
-            ]
+            jobs = [(self._images(case, deal)[0], folder / "lungs" / f"{case}{self.ending}", organ) for case in missing]
             results = run_jobs(_write_lungs, jobs, num_processes=num_processes)
             raise_problems([result for result in results if result], "the test cases")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
     from gasnet_nnunet.study_workspace import Run, Workspace
 
 LISTED = 5
+TERMINATED = 143
 
 
 def study(
     name: Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file, or a study of the package, see below.")],
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Dataset id or name; wins over the file.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Dataset id or name.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the study; named after it if left out.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -35,7 +38,7 @@ def study(
         list[str] | None, typer.Option(help="Arm (gasnet) or run (gasnet/masks1_repeat0_fold0); may be repeated.")
     ] = None,
     commands: Annotated[bool, typer.Option("--commands", help="Print what would be run, and run nothing.")] = False,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs to a SLURM cluster (needs submitit).")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs to SLURM (needs submitit).")] = False,
     report: Annotated[bool, typer.Option("--report", help="Collect what there is, and run nothing.")] = False,
 ) -> None:
     """Train and compare several methods on one dataset, with a table and figures at the end.
@@ -62,30 +65,35 @@ def study(
     workspace, chosen_device = prepare(loaded, folder, console)
     runs = _chosen(workspace, only or [])
     if report:
-        _end(workspace, console, None)
+        _end(workspace, console)
         return
     console.print(_plan(workspace, runs, chosen_device))
     if commands:
-        _print_commands(workspace, runs, chosen_device, name, folder, console)
+        _print_commands(workspace, runs, chosen_device, console)
         return
     if slurm:
         from gasnet_nnunet.study_slurm import submit
 
         for line in submit(workspace, runs, chosen_device):
             console.print(escape(line))
-        again = f"gasnet-nnunet study {shlex.quote(str(folder / 'study.yaml'))} --out {shlex.quote(str(folder))} --report"
+        again = (
+            f"gasnet-nnunet study {shlex.quote(str(folder / 'study.yaml'))} --out {shlex.quote(str(folder))} --report"
+        )
         console.print(f"Once they have ended: [bold]{escape(again)}[/]")
         return
     from gasnet_nnunet.study_runner import Runner
 
     runner = Runner(workspace, chosen_device)
     runner.clock.started = started
-    _run(runner, runs, console)
-    failed = _end(workspace, console, runner)
+    try:
+        _run(runner, runs, console)
+    finally:
+        runner.note_time()
+    failed = _end(workspace, console)
     if failed:
         raise UserError(
-            f"{failed} of {len(workspace.runs)} runs have failed, see the table. The same command again tries them anew "
-            "and leaves the others as they are."
+            f"{failed} of {len(workspace.runs)} runs have failed, see the table. The same command again tries them "
+            "anew and leaves the others as they are."
         )
 
 
@@ -113,25 +121,23 @@ def _plan(workspace: Workspace, runs: list[Run], device: str) -> str:
     study, deals = workspace.study, workspace.deals
     tested = {case for deal in deals for case in workspace.test_set(deal).cases}
     lines = [
-        f"[bold]{escape(study.title)}[/]: {len(runs)} runs on {workspace.dataset.name} ({device}), {len(study.arms)} arms "
-        f"x {len(deals)} choices of cases, {len(tested)} test cases ({escape(abbreviate(sorted(tested), LISTED))}).",
+        f"[bold]{escape(study.title)}[/]: {len(runs)} runs on {workspace.dataset.name} ({device}), {len(study.arms)} "
+        f"arms x {len(deals)} choices of cases, {len(tested)} test cases ({abbreviate(sorted(tested), LISTED)}).",
         f"Folder: {escape(str(workspace.out))}",
     ]
     if not workspace.groups:
         lines.append(
-            "[yellow]Note:[/] neither dataset.json nor 'groups' names patients, so each case was taken for a patient of "
-            "its own."
+            "[yellow]Note:[/] neither dataset.json nor 'groups' names patients, so each case was taken for a patient "
+            "of its own."
         )
     return "\n".join(lines)
 
 
-def _print_commands(
-    workspace: Workspace, runs: list[Run], device: str, name: str, folder: Path, console: Console
-) -> None:
+def _print_commands(workspace: Workspace, runs: list[Run], device: str, console: Console) -> None:
     """A line a run that can be run anywhere, in this order, and nnU-Net's commands that it stands for."""
-    from gasnet_nnunet.study_runner import Waiting, steps_of
+    from gasnet_nnunet.study_runner import WaitingError, steps_of
 
-    again = f"gasnet-nnunet study {shlex.quote(str(folder / 'study.yaml'))} --out {shlex.quote(str(folder))}"
+    again = _again(workspace)
     for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
         value = os.environ.get(variable)
         if value:
@@ -142,7 +148,7 @@ def _print_commands(
     for run in runs:
         try:
             steps = steps_of(workspace, run, device)
-        except Waiting as reason:
+        except WaitingError as reason:
             console.print(f"# {run.name}: {reason}", markup=False)
             steps = []
         for step in steps:
@@ -152,11 +158,19 @@ def _print_commands(
     console.print(f"{again} --report", markup=False)
 
 
+def _again(workspace: Workspace) -> str:
+    """The command that goes on with a study, from anywhere."""
+    out = workspace.out
+    return f"gasnet-nnunet study {shlex.quote(str(out / 'study.yaml'))} --out {shlex.quote(str(out))}"
+
+
 def _run(runner: Runner, runs: list[Run], console: Console) -> None:
     """Run what is not done, with a line for each run and one for what goes on."""
     from gasnet_nnunet.study_progress import Estimate, duration
     from gasnet_nnunet.study_runner import record_of, state_of
 
+    # As Ctrl-C, so that no command goes on alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     workspace = runner.workspace
     todo = [run for run in runs if state_of(workspace, run, runner.device) != "done"]
     if len(todo) < len(runs):
@@ -177,19 +191,18 @@ def _run(runner: Runner, runs: list[Run], console: Console) -> None:
             state = runner.run(run)
             record = record_of(workspace, run).content
             colour = "green" if state == "done" else "red"
-            console.print(
-                f"{number}/{len(todo)} {escape(run.name)}: [{colour}]{state}[/] in {duration(time.monotonic() - start)}, "
-                f"{Estimate(workspace, todo[number:]).text() if number < len(todo) else 'that was the last'}"
-            )
+            left = Estimate(workspace, todo[number:]).text() if number < len(todo) else "that was the last"
+            taken = duration(time.monotonic() - start)
+            console.print(f"{number}/{len(todo)} {run.name}: [{colour}]{state}[/] in {taken}, {left}")
             if state != "done" and record.get("reason"):
                 console.print(f"  [red]{escape(str(record['reason']))}[/]")
 
 
-def _end(workspace: Workspace, console: Console, runner: Runner | None) -> int:
+def _end(workspace: Workspace, console: Console) -> int:
     """Collect, print the table and where the rest is; how many runs have failed."""
     from gasnet_nnunet.study_report import write_report
 
-    result = write_report(workspace, None if runner is None else runner.clock)
+    result = write_report(workspace)
     console.print(result.table)
     for line in result.remarks:
         console.print(escape(line))
