@@ -11,7 +11,7 @@ import csv
 import json
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +22,10 @@ from gasnet_nnunet.study import Groups, Study
 
 IMAGES_TS = "imagesTs"
 """Name of the test set that is nnU-Net's own."""
+REST = "rest"
+"""Every case whose mask might have been learnt from but is not."""
+MAX_HEALTHY = 20
+"""Healthy cases that are tested beside those."""
 SHARE_TESTED = 3
 """One group of so many is tested, where the study does not say which."""
 
@@ -37,7 +41,7 @@ class Deal:
         train: The masks.
         diseased: Diseased volumes, hidden masks among them.
         healthy: Healthy volumes.
-        test: Test cases; empty where they are those of `imagesTs`.
+        test: Test cases, of the dataset or of `imagesTs`.
     """
 
     masks: int
@@ -137,36 +141,58 @@ def make_deals(
     members: dict[str, list[str]] = {}
     for case in sorted(cohort.cases):
         members.setdefault(groups.get(case, case), []).append(case)
+    seen: set[tuple[Any, ...]] = set()
     deals = []
     for fold, tested in enumerate(_test_sets(study, cohort, members, groups, truths, images_ts)):
-        held_out = {case for group in tested for case in members.get(group, ())}
-        pool = _pool(study, cohort, held_out)
-        healthy = tuple(case for case in cohort.healthy if case not in held_out)
-        if not healthy:
-            raise UserError(
-                f"Every healthy case is of a patient that is tested in fold {fold}, and none is left to learn from. "
-                "Test fewer, or add healthy cases with: gasnet-nnunet extend"
-            )
+        pool = _pool(study, cohort, {case for group in tested for case in members.get(group, ())})
         if study.masks[-1] > len(pool):
             raise UserError(
                 f"masks: {study.masks[-1]} are asked for, but only {len(pool)} cases with a mask are left to learn "
-                f"from in fold {fold}, whose tested patients have {len(held_out)} cases. Ask for fewer, or test fewer."
+                f"from{'' if study.test == REST else f' in fold {fold}'}. Ask for fewer, or test fewer."
             )
-        test = tuple(case for case in sorted(held_out) if _can_be_tested(cohort, case, truths))
-        if _uses_images_ts(study, images_ts):
-            test = ()
-        chosen = set()
         for number in study.masks:
             for repeat in range(study.repeats):
                 start = repeat * max(1, len(pool) // study.repeats) % len(pool)
                 train = tuple((pool[start:] + pool[:start])[:number])
-                if frozenset(train) in chosen:
+                choice = (fold, frozenset(train))
+                if choice in seen:
                     continue
-                chosen.add(frozenset(train))
-                hidden = {case for case in cohort.labelled if case not in held_out} - set(train)
-                diseased = tuple(sorted(hidden | (set(cohort.diseased) - held_out)))
-                deals.append(Deal(number, repeat, fold, train, diseased, healthy, test))
+                seen.add(choice)
+                left = tested
+                if study.test == REST:
+                    learnt = {groups.get(case, case) for case in train}
+                    left = tested | ({groups.get(case, case) for case in pool} - learnt)
+                deal = _deal(study, cohort, members, left, train, truths, images_ts)
+                deals.append(replace(deal, masks=number, repeat=repeat, fold=fold))
     return deals
+
+
+def _deal(
+    study: Study,
+    cohort: Cohort,
+    members: Mapping[str, Sequence[str]],
+    tested: Collection[str],
+    train: tuple[str, ...],
+    truths: Collection[str],
+    images_ts: Collection[str],
+) -> Deal:
+    """The cases of a run that learns from these masks and tests these groups."""
+    held_out = {case for group in tested for case in members.get(group, ())}
+    healthy = tuple(case for case in cohort.healthy if case not in held_out)
+    if not healthy:
+        raise UserError(
+            "Every healthy case is of a patient that is tested, and none is left to learn from. Test fewer, or add "
+            "healthy cases with: gasnet-nnunet extend"
+        )
+    hidden = {case for case in cohort.labelled if case not in held_out} - set(train)
+    test = [case for case in held_out if _can_be_tested(cohort, case, truths)]
+    if _uses_images_ts(study, images_ts):
+        test = [] if isinstance(study.test, str) else test
+        test += images_ts
+    if not test:
+        raise UserError("No test case has a mask, or a label file of zeros: there is nothing to judge the arms by.")
+    diseased = tuple(sorted(hidden | (set(cohort.diseased) - held_out)))
+    return Deal(len(train), 0, 0, train, diseased, healthy, tuple(sorted(test)))
 
 
 def _test_sets(
@@ -178,15 +204,17 @@ def _test_sets(
     images_ts: Collection[str],
 ) -> list[set[str]]:
     """The groups that each fold tests; none are learnt from."""
-    if study.test == IMAGES_TS and not images_ts:
+    if IMAGES_TS in _patterns(study) and not images_ts:
         raise UserError(
             "test: imagesTs is asked for, but the dataset has no test cases with masks. Put masks of them into "
             "labelsTs, or name the folder that holds them as 'truth'."
         )
-    if study.folds == 1 and _uses_images_ts(study, images_ts):
-        return [{groups[case] for case in images_ts if case in groups}]
-    if isinstance(study.test, tuple):
-        return [_named(study.test, members)]
+    # Whoever is in imagesTs as well is not learnt from.
+    shown = {groups[case] for case in images_ts if case in groups} if _uses_images_ts(study, images_ts) else set()
+    if patterns := [pattern for pattern in _patterns(study) if pattern != IMAGES_TS]:
+        return [shown | _named(patterns, members)]
+    if _uses_images_ts(study, images_ts):
+        return [shown]
 
     def testable(kinds: Collection[Kind]) -> list[str]:
         return [
@@ -205,6 +233,8 @@ def _test_sets(
         # Healthy patients are dealt out from the other end, so that folds have about as many cases each.
         dealt = [set(ill[fold :: study.folds]) for fold in range(study.folds)]
         return [tested | set(well[study.folds - 1 - fold :: study.folds]) for fold, tested in enumerate(dealt)]
+    if study.test == REST:
+        return [set(well[: min(MAX_HEALTHY, len(well) // SHARE_TESTED)])]
     number = study.test if isinstance(study.test, int) else max(1, len(ill) // SHARE_TESTED)
     if number >= len(ill):
         raise UserError(
@@ -214,8 +244,15 @@ def _test_sets(
     return [{*ill[:number], *well[: round(len(well) * number / len(ill))]}]
 
 
+def _patterns(study: Study) -> tuple[str, ...]:
+    """Names of cases and groups to be tested, where the study has them."""
+    if isinstance(study.test, str):
+        return () if study.test in ("auto", REST) else (study.test,)
+    return study.test if isinstance(study.test, tuple) else ()
+
+
 def _uses_images_ts(study: Study, images_ts: Collection[str]) -> bool:
-    return study.folds == 1 and (study.test == IMAGES_TS or (study.test == "auto" and bool(images_ts)))
+    return study.folds == 1 and (IMAGES_TS in _patterns(study) or (study.test == "auto" and bool(images_ts)))
 
 
 def _named(patterns: Sequence[str], members: Mapping[str, Sequence[str]]) -> set[str]:

@@ -28,9 +28,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, read_cohort
+from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, raise_problems, read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
+from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.raw_dataset import Dataset, find_dataset, read_json
 from gasnet_nnunet.settings import PLANS_KEY
 from gasnet_nnunet.study import Study
@@ -219,18 +220,18 @@ class Workspace:
         Raises:
             UserError: A mask or a scan is missing or broken.
         """
-        cases = tuple(sorted(self.images_ts)) if not deal.test else deal.test
-        folder = self.out / "test" / ("imagesTs" if not deal.test else f"fold{deal.fold}_{_digest(list(cases))[:8]}")
+        cases = deal.test
+        folder = self.out / "test" / _digest(list(cases))[:10]
         marker = folder / "cases.json"
         if not marker.is_file() or read_json(marker).get("cases") != list(cases):
             shutil.rmtree(folder, ignore_errors=True)
             for name in ("images", "masks"):
                 (folder / name).mkdir(parents=True)
             for case in cases:
-                for image in self._images(case, deal):
-                    link(image, folder / "images" / image.name)
-                link(self._truth(case, deal), folder / "masks" / f"{case}{self.ending}")
-            self._collect_lungs(folder, cases, deal, num_processes)
+                for channel, image in enumerate(self._images(case)):
+                    link(image, folder / "images" / f"{case}_{channel:04d}{self.ending}")
+                link(self._truth(case), folder / "masks" / f"{case}{self.ending}")
+            self._collect_lungs(folder, cases, num_processes)
             write_json(marker, {"cases": list(cases)})
         return TestSet(folder, cases)
 
@@ -286,59 +287,55 @@ class Workspace:
             progress=True,
         )
 
-    def _truths(self) -> set[str]:
-        """Cases of which the study's folder of masks has one."""
+    def _truths(self) -> dict[str, Path]:
+        """Masks of cases that are learnt from without one: in the study's folder, or put aside by a conversion."""
         folder = self.study.truth
-        if folder is None:
-            return set()
-        names = {path.name.removesuffix(self.ending) for path in folder.glob(f"*{self.ending}")}
-        if not names:
-            raise UserError(f"truth: {folder} holds no mask <case>{self.ending}.")
-        return names
+        found = {path.name.removesuffix(self.ending): path for path in self._files("hiddenTr")}
+        if folder is not None:
+            given = {path.name.removesuffix(self.ending): path for path in folder.glob(f"*{self.ending}")}
+            if not given:
+                raise UserError(f"truth: {folder} holds no mask <case>{self.ending}.")
+            found.update(given)
+        return found
 
     def _images_ts(self) -> set[str]:
         """Cases of imagesTs that have a mask."""
-        images = {path.name.removesuffix(f"_0000{self.ending}") for path in self._folder("imagesTs").glob("*_0000.*")}
-        masks = {path.name.removesuffix(self.ending) for path in self._folder("labelsTs").glob(f"*{self.ending}")}
-        return images & (masks | self.truths)
+        first = f"_0000{self.ending}"
+        images = {path.name.removesuffix(first) for path in self._files("imagesTs") if path.name.endswith(first)}
+        masks = {path.name.removesuffix(self.ending) for path in self._files("labelsTs")}
+        return images & (masks | set(self.truths)) - set(self.cohort.cases)
 
-    def _folder(self, name: str) -> Path:
-        return self.dataset.raw / name
+    def _files(self, name: str) -> list[Path]:
+        return sorted((self.dataset.raw / name).glob(f"*{self.ending}"))
 
-    def _images(self, case: str, deal: Deal) -> list[Path]:
-        if deal.test:
-            images = self.raw_images(case)
-            names = [f"{case}_{channel:04d}{self.ending}" for channel in range(len(images))]
-            wrong = [image for image, name in zip(images, names, strict=True) if image.name != name]
-            if wrong:
-                raise UserError(f"{wrong[0]} is to be tested, but nnU-Net predicts files named {names[0]} only.")
-            return images
-        return sorted(self._folder("imagesTs").glob(f"{case}_[0-9][0-9][0-9][0-9]{self.ending}"))
+    def _images(self, case: str) -> list[Path]:
+        if case in self.dataset.files:
+            return self.raw_images(case)
+        return sorted((self.dataset.raw / "imagesTs").glob(f"{case}_[0-9][0-9][0-9][0-9]{self.ending}"))
 
-    def _truth(self, case: str, deal: Deal) -> Path:
-        if case in self.truths and self.study.truth is not None:
-            return self.study.truth / f"{case}{self.ending}"
-        return (self.base / "gt_segmentations" if deal.test else self._folder("labelsTs")) / f"{case}{self.ending}"
+    def _truth(self, case: str) -> Path:
+        if case in self.truths:
+            return self.truths[case]
+        folder = self.base / "gt_segmentations" if case in self.cohort.cases else self.dataset.raw / "labelsTs"
+        return folder / f"{case}{self.ending}"
 
-    def _collect_lungs(self, folder: Path, cases: Sequence[str], deal: Deal, num_processes: int) -> None:
+    def _collect_lungs(self, folder: Path, cases: Sequence[str], num_processes: int) -> None:
         """Lung masks of the test cases: the user's, or computed ones where the scans are CTs."""
-        given = self.study.lungs or self._folder("lungsTr" if deal.test else "lungsTs")
-        found = {case: given / f"{case}{self.ending}" for case in cases}
+        found = {}
+        for case in cases:
+            of_dataset = self.dataset.raw / ("lungsTr" if case in self.dataset.files else "lungsTs")
+            found[case] = (self.study.lungs or of_dataset) / f"{case}{self.ending}"
         missing = [case for case, path in found.items() if not path.is_file()]
         if self.study.lungs is not None and missing:
-            raise UserError(f"lungs: {given} has no mask of the test cases {abbreviate(missing)}.")
+            raise UserError(f"lungs: {self.study.lungs} has no mask of the test cases {abbreviate(missing)}.")
         organ = str(self.settings(next(iter(self.plans)))["organ"])
-        computed = organ != "volume" and 0 in self.dataset.ct_channels
-        if missing and not computed:
+        if missing and (organ == "volume" or 0 not in self.dataset.ct_channels):
             return
         (folder / "lungs").mkdir()
         for case in set(found) - set(missing):
             link(found[case], folder / "lungs" / f"{case}{self.ending}")
         if missing:
-            from gasnet_nnunet.cohort import raise_problems
-            from gasnet_nnunet.parallel import run_jobs
-
-            jobs = [(self._images(case, deal)[0], folder / "lungs" / f"{case}{self.ending}", organ) for case in missing]
+            jobs = [(self._images(case)[0], folder / "lungs" / f"{case}{self.ending}", organ) for case in missing]
             results = run_jobs(_write_lungs, jobs, num_processes=num_processes)
             raise_problems([result for result in results if result], "the test cases")
 
