@@ -67,6 +67,9 @@ def _make_phantoms(phantoms: Phantoms, out: Path, console: Console) -> None:
         folder = out / "base" / variable
         folder.mkdir(parents=True, exist_ok=True)
         os.environ[variable] = str(folder)
+    # Patches this small are augmented faster than worker processes could hand them over.
+    for variable, value in (("nnUNet_n_proc_DA", "0"), ("nnUNet_def_n_proc", "2"), ("nnUNet_compile", "f")):
+        os.environ.setdefault(variable, value)
     wanted = phantoms.model_dump(mode="json")
     record = out / PHANTOM_RECORD
     if record.is_file():
