@@ -73,6 +73,8 @@ CONFUSION_COLOURS = ListedColormap(["#8a5322", "#ffd21f", "#27b34a"])
 LEGEND = "brown: found    green: missed    yellow: false alarm"
 LUNG_WINDOW: Window = (-1250.0, 250.0)
 PANELS_IN_A_ROW = 5
+STARTING_SECONDS = 20.0
+"""What it takes to start processes that import torch, MONAI and matplotlib on a machine that has other work."""
 
 
 def evaluate_folder(
@@ -158,24 +160,40 @@ def evaluate_files(
         _Job(predictions[case], reference, (lungs or {}).get(case), allowed, options)
         for case, reference in references.items()
     ]
-    results = run_jobs(_evaluate, jobs, num_processes=num_processes, description=description)
+    results = run_jobs(
+        _evaluate, jobs, num_processes=num_processes, description=description, starting_seconds=STARTING_SECONDS
+    )
     raise_problems([result for result in results if isinstance(result, str)], "the masks")
     rows = {case: row for case, row in zip(references, results, strict=True) if not isinstance(row, str)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("case")
 
 
 def check_references(
-    references: Mapping[str, Path], *, labels: Iterable[int] | None = None, num_processes: int = 1
-) -> None:
-    """Read true label maps for nothing but their faults, before others are predicted.
+    references: Mapping[str, Path],
+    *,
+    labels: Iterable[int] | None = None,
+    ignore_label: int | None = None,
+    num_processes: int = 1,
+) -> list[str]:
+    """Read true label maps, whose faults are better known before others are predicted.
+
+    Args:
+        references: True label map of each case.
+        labels: Values that label maps may hold; any whole numbers from 0 on if `None`.
+        ignore_label: The value that is no lesion but ignored.
+        num_processes: Files read at a time.
+
+    Returns:
+        The cases without lesion.
 
     Raises:
         UserError: A file is no image or holds values that are no labels; all of them are named.
     """
     allowed = None if labels is None else frozenset(labels)
-    jobs = [_Job(path, path, None, allowed, {}) for path in references.values()]
-    problems = run_jobs(_check, jobs, num_processes=num_processes, description=None)
-    raise_problems([problem for problem in problems if problem], "the masks")
+    jobs = [_Job(path, path, None, allowed, {"ignore_label": ignore_label}) for path in references.values()]
+    results = run_jobs(_has_lesion, jobs, num_processes=num_processes)
+    raise_problems([result for result in results if isinstance(result, str)], "the masks")
+    return [case for case, result in zip(references, results, strict=True) if result is False]
 
 
 def summarise(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | None = None) -> pd.DataFrame:
@@ -415,12 +433,12 @@ def _evaluate(job: _Job) -> dict[str, float] | str:
         return str(error)
 
 
-def _check(job: _Job) -> str:
+def _has_lesion(job: _Job) -> bool | str:
     try:
-        _read_labels(job.reference, job.labels)
+        array, _ = _read_labels(job.reference, job.labels)
     except UserError as error:
         return str(error)
-    return ""
+    return bool(((array > 0) & (array != job.options["ignore_label"])).any())
 
 
 def _read_labels(path: Path, allowed: frozenset[int] | None) -> tuple[NDArray[Any], Grid]:

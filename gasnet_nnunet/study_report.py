@@ -30,6 +30,7 @@ from gasnet_nnunet.evaluation import (
     plot_overlays,
     to_markdown,
 )
+from gasnet_nnunet.files import write_text
 from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.study_runner import SESSIONS, record_of, state_of
 from gasnet_nnunet.study_splits import Deal
@@ -72,19 +73,19 @@ def write_report(workspace: Workspace) -> Report:
     results = _results(workspace, runs)
     out = workspace.out
     files = [out / "runs.csv"]
-    _write(files[0], runs.to_csv(index=False))
+    write_text(files[0], runs.to_csv(index=False))
     header, rows = _cells(workspace, runs, results)
     text = [f"# {workspace.study.title}\n", _describe(workspace), _markdown(header, rows)]
     if not results.empty:
         files.append(out / "results.csv")
-        _write(files[-1], results.to_csv(index=False))
+        write_text(files[-1], results.to_csv(index=False))
         text += _differences(workspace, runs, results)
         text += _subsets(workspace, runs, results)
         files += _figures(workspace, runs, results)
     remarks = _remarks(workspace, runs)
     text.append("\n".join(f"- {remark}" for remark in remarks) + "\n")
     files.append(out / "summary.md")
-    _write(files[-1], "\n".join(text))
+    write_text(files[-1], "\n".join(text))
     table = Table(title=workspace.study.title, title_justify="left")
     for position, name in enumerate(header):
         table.add_column(name, justify="right" if position else "left")
@@ -331,10 +332,4 @@ def _plot_over_masks(workspace: Workspace, results: pd.DataFrame, path: Path) ->
 def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

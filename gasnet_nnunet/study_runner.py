@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json
+from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.study import OUR_TRAINERS
@@ -565,9 +565,7 @@ def _score(workspace: Workspace, run: Run, predictions: Path, target: Path) -> N
         num_processes=cores(),
         ignore_label=workspace.ignore_label,
     )
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    frame.to_csv(temporary)
-    os.replace(temporary, target)
+    write_text(target, frame.to_csv())
 
 
 def _numbers(run: Run) -> dict[str, Any]:

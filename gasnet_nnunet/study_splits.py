@@ -22,6 +22,8 @@ from gasnet_nnunet.study import Groups, Study
 
 IMAGES_TS = "imagesTs"
 """Name of the test set that is nnU-Net's own."""
+HIDDEN = "hidden"
+"""Every case whose mask a conversion has put aside, or that the study's `truth` has."""
 REST = "rest"
 """Every case whose mask might have been learnt from but is not."""
 MAX_HEALTHY = 20
@@ -212,7 +214,7 @@ def _test_sets(
     # Whoever is in imagesTs as well is not learnt from.
     shown = {groups[case] for case in images_ts if case in groups} if _uses_images_ts(study, images_ts) else set()
     if patterns := [pattern for pattern in _patterns(study) if pattern != IMAGES_TS]:
-        return [shown | _named(patterns, members)]
+        return [shown | _named(patterns, members, truths)]
     if _uses_images_ts(study, images_ts):
         return [shown]
 
@@ -255,9 +257,17 @@ def _uses_images_ts(study: Study, images_ts: Collection[str]) -> bool:
     return study.folds == 1 and (IMAGES_TS in _patterns(study) or (study.test == "auto" and bool(images_ts)))
 
 
-def _named(patterns: Sequence[str], members: Mapping[str, Sequence[str]]) -> set[str]:
+def _named(patterns: Sequence[str], members: Mapping[str, Sequence[str]], truths: Collection[str]) -> set[str]:
     named = set()
     for pattern in patterns:
+        if pattern == HIDDEN:
+            put_aside = {group for group, cases in members.items() if set(cases) & set(truths)}
+            if not put_aside:
+                raise UserError(
+                    "test: hidden is asked for, but no mask was put aside: hiddenTr of the dataset is empty."
+                )
+            named |= put_aside
+            continue
         found = {
             group
             for group, cases in members.items()

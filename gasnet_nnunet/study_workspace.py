@@ -30,7 +30,7 @@ from typing import Any
 
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, raise_problems, read_cohort
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json
+from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.raw_dataset import Dataset, find_dataset, read_json
 from gasnet_nnunet.settings import PLANS_KEY
@@ -144,7 +144,7 @@ class Workspace:
         """
         self.preprocessed.mkdir(parents=True, exist_ok=True)
         self.results.mkdir(parents=True, exist_ok=True)
-        (self.out / "study.yaml").write_text(self.study.dump(), encoding="utf-8")
+        write_text(self.out / "study.yaml", self.study.dump())
         self.link_preprocessed(self.preprocessed)
         self._write_splits()
         for arm, plans in self.plans.items():

@@ -90,8 +90,9 @@ def test_patients_of_images_ts_are_not_learnt_from() -> None:
 
 
 def test_masks_that_were_put_aside_are_tested() -> None:
-    (deal,) = make_deals(study(repeats=1, test=("diseased_1",)), cohort(), {}, truths={"diseased_1"})
-    assert deal.test == ("diseased_1",)
+    for test in (("diseased_1",), "hidden"):
+        (deal,) = make_deals(study(repeats=1, test=test), cohort(), {}, truths={"diseased_1"})
+        assert deal.test == ("diseased_1",)
 
 
 def test_the_choice_may_be_given() -> None:
@@ -137,6 +138,7 @@ def test_an_arm_may_learn_from_some_volumes_only() -> None:
         ({"test": 6}, "at least one has to be learnt from"),
         ({"test": ("labeled_1",)}, "'labeled_1' is no case or group"),
         ({"test": "imagesTs"}, "no test cases with masks"),
+        ({"test": "hidden"}, "no mask was put aside"),
         ({"labelled": ["diseased_0"]}, "'diseased_0' is no case with a mask"),
         ({"test": ("healthy_*", "labelled_0")}, "none is left to learn from"),
     ],

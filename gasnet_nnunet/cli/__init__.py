@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gasnet_nnunet import __version__
-from gasnet_nnunet.cli import check, convert, demo, doctor, extend, lungs, plan, splits, study
+from gasnet_nnunet.cli import check, compare, convert, demo, doctor, extend, lungs, plan, splits, study
 from gasnet_nnunet.cli.variadic import VariadicCommand
 from gasnet_nnunet.errors import FILES_REFUSED, UserError
 
@@ -65,6 +65,7 @@ _register(app, lungs.lungs)
 _register(app, splits.splits)
 _register(app, plan.plan, cls=VariadicCommand)
 _register(app, study.study)
+_register(app, compare.compare, cls=VariadicCommand)
 
 
 def main() -> None:
