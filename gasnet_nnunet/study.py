@@ -144,8 +144,9 @@ class Study(_Part):
         repeats: Choices of those masks.
         folds: Folds of a cross-validation in which each case with a mask is tested once; 1 for one set of test cases.
         test: Test cases where there is one set: a number of patients with masks, or patterns of cases or groups, of
-            which `imagesTs` is one and `hidden` another: the cases whose masks were put aside. `rest` takes every mask that a run does not learn from, as the paper's Table III.
-            `auto` takes imagesTs where labelsTs has masks of it, else a third of the patients.
+            which `imagesTs` is one and `hidden` another: the cases whose masks were put aside. `rest` takes every mask
+            that a run does not learn from, as the paper's Table III. `auto` takes imagesTs where labelsTs has masks of
+            it, else a third of the patients.
         truth: Folder of masks for test cases whose label file does not hold one.
         lungs: Folder of lung masks of the test cases; those of the dataset, or computed ones, if left out.
         labelled: Patterns of cases whose masks may be learnt from; all that are not tested if left out.

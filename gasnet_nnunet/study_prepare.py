@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json
+from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS, find_dataset, read_json
 from gasnet_nnunet.study import Phantoms, Plan, Study
@@ -46,6 +46,9 @@ def prepare(study: Study, out: Path, console: Console) -> tuple[Workspace, str]:
     for name in ("nnUNetv2_train", "nnUNetv2_predict"):
         find_script(name)
     start = time.monotonic()
+    # Whatever an interruption leaves belongs to a study then.
+    write_text(out / "study.yaml", study.dump())
+    given = study
     if study.phantoms is not None:
         _make_phantoms(study.phantoms, out, console)
         # From here on it is a dataset like any other.
@@ -56,7 +59,7 @@ def prepare(study: Study, out: Path, console: Console) -> tuple[Workspace, str]:
     if plan is not None and not (dataset.preprocessed / f"{study.plans}.json").is_file():
         _run(_plan_command(study, plan, dataset.number), out, "plan", console)
     made = time.monotonic() - start
-    workspace = open_workspace(study, out)
+    workspace = open_workspace(study, out, given=given)
     workspace.preparation_seconds = made
     return workspace, study.device or _device()
 
@@ -79,8 +82,6 @@ def _make_phantoms(phantoms: Phantoms, out: Path, console: Console) -> None:
     from gasnet_nnunet.phantom import write_phantoms
 
     place = out / "phantoms"
-    # A marker first: whatever is left of an interrupted drawing belongs to a study.
-    (out / "study.yaml").touch()
     shutil.rmtree(place, ignore_errors=True)
     write_phantoms(place, progress=True, **phantoms.model_dump())
     groups: dict[str, Sequence[str]] = {

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.study import load_study
+from gasnet_nnunet.study_prepare import prepare
 from gasnet_nnunet.study_runner import Runner, state_of
-from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
+from gasnet_nnunet.study_workspace import Run, Workspace
 
 
 def submit(workspace: Workspace, runs: Sequence[Run], device: str, *, cluster: str | None = None) -> list[str]:
@@ -38,7 +42,8 @@ def submit(workspace: Workspace, runs: Sequence[Run], device: str, *, cluster: s
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in todo:
         groups.setdefault((run.arm, "" if slurm.job == "arm" else run.deal.name), []).append(run)
-    lines, jobs = [], {}
+    lines: list[str] = []
+    jobs: dict[tuple[str, str], str] = {}
     # The arms that others wait for come first, because a job can wait for a job that has a number only.
     order = workspace.study.ordered_arms()
     for (arm, part), group in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
@@ -71,10 +76,8 @@ def run_job(out: Path, names: Sequence[str], device: str, environment: Mapping[s
     Returns:
         The states that the runs ended in.
     """
-    import os
-
     os.environ.update(environment)
-    workspace = open_workspace(load_study(str(out / "study.yaml")), out)
+    workspace, _ = prepare(load_study(str(out / "study.yaml")), out, Console(quiet=True))
     runner = Runner(workspace, device)
     states = [runner.run(run) for run in workspace.runs if run.name in names]
     runner.note_time()

@@ -144,7 +144,6 @@ class Workspace:
         """
         self.preprocessed.mkdir(parents=True, exist_ok=True)
         self.results.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "study.yaml", self.study.dump())
         self.link_preprocessed(self.preprocessed)
         self._write_splits()
         for arm, plans in self.plans.items():
@@ -360,8 +359,13 @@ def fingerprint(*parts: Any) -> str:
     return _digest([FORMAT, *parts])[:20]
 
 
-def open_workspace(study: Study, out: Path) -> Workspace:
+def open_workspace(study: Study, out: Path, *, given: Study | None = None) -> Workspace:
     """Check a study against its dataset and write its folder.
+
+    Args:
+        study: The study.
+        out: Its folder.
+        given: What is written as `study.yaml`, where it is not the same: a study that draws its own dataset.
 
     Raises:
         UserError: The dataset is not there or has not what the study asks for, or the folder holds something else.
@@ -369,6 +373,7 @@ def open_workspace(study: Study, out: Path) -> Workspace:
     check_folder(out)
     workspace = Workspace(study, out, find_dataset(str(study.dataset)))
     workspace.write()
+    write_text(out / "study.yaml", (given or study).dump())
     return workspace
 
 
