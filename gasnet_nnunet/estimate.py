@@ -14,10 +14,9 @@ from torch import nn
 
 from gasnet_nnunet.adversary import needs_discriminator, needs_generator
 from gasnet_nnunet.networks import Topology, build_discriminator, build_generator
+from gasnet_nnunet.segmenters import SEGMENTERS, segmenter_of
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 
-BYTES_PER_FEATURE_MAP_VOXEL = 8e9 / (2 * 560e6)
-"""nnU-Net's own reference: two patches of 560 million feature map voxels take 8 GB (mixed precision)."""
 FORWARD = 1 / 3
 """Share of a forward pass in a forward and a backward pass."""
 MEASURED_VOXELS = {"cpu": 2**15, "cuda": 2**21, "mps": 2**20}
@@ -132,9 +131,14 @@ def estimate_cost(configuration: dict[str, Any], *, channels: int, labels: int, 
         device=torch.cuda.get_device_name() if device == "cuda" else device,
         seconds_per_iteration=float(seconds),
         hours=float(seconds) * settings.num_epochs * settings.iterations_per_epoch / 3600,
-        memory_gb=heaviest * precision * BYTES_PER_FEATURE_MAP_VOXEL / 1e9,
+        memory_gb=heaviest * precision * _bytes_per_feature_map_voxel(configuration) / 1e9,
         disk_gb=voxels * (BYTES_PER_VOXEL + 4 * (channels - 1)) / 1e9,
     )
+
+
+def _bytes_per_feature_map_voxel(configuration: dict[str, Any]) -> float:
+    """By nnU-Net's own references: two patches of so many feature map voxels take 8 GB (mixed precision)."""
+    return 8e9 / (2 * SEGMENTERS[segmenter_of(configuration) or "plain"].feature_maps_in_8_gb)
 
 
 def _timed_patch(patch: tuple[int, ...], topology: Topology, most: int) -> tuple[int, ...]:

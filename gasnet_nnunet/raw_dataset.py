@@ -84,6 +84,42 @@ class Dataset:
         return [channel for channel, name in enumerate(names) if str(name).casefold() == "ct"]
 
 
+@dataclasses.dataclass(frozen=True)
+class DatasetFolders:
+    """Where nnU-Net keeps a dataset, whether or not the folders are there.
+
+    Args:
+        raw: Its folder in nnUNet_raw.
+        preprocessed: Its folder in nnUNet_preprocessed.
+        results: Its folder in nnUNet_results.
+    """
+
+    raw: Path
+    preprocessed: Path
+    results: Path
+
+    def of_cases(self, training: bool) -> tuple[Path, Path, Path]:
+        """Folders of images, masks and lung masks of the training or else of the test cases."""
+        if not training:
+            return self.raw / "imagesTs", self.raw / "labelsTs", self.raw / "lungsTs"
+        # Those that nnU-Net validates on; the raw dataset may have been deleted since.
+        return self.raw / "imagesTr", self.preprocessed / "gt_segmentations", self.raw / "lungsTr"
+
+
+def dataset_folders(name_or_id: str) -> DatasetFolders:
+    """Where nnU-Net keeps a dataset.
+
+    Args:
+        name_or_id: `501`, `Dataset501_Covid`.
+
+    Raises:
+        UserError: nnU-Net's folders are not set; no or several datasets of that id.
+    """
+    _check_folders_set()
+    name = _dataset_name(name_or_id)
+    return DatasetFolders(Path(nnUNet_raw) / name, Path(nnUNet_preprocessed) / name, Path(nnUNet_results) / name)
+
+
 def find_dataset(name_or_id: str) -> Dataset:
     """Find a raw dataset and check that it is whole, before any long work.
 
@@ -94,9 +130,7 @@ def find_dataset(name_or_id: str) -> Dataset:
         UserError: nnU-Net's folders are not set; no or several datasets of that id; `dataset.json` missing, broken or
             incomplete; no cases, or a case whose number of channels is wrong.
     """
-    for variable, folder in NNUNET_FOLDERS.items():
-        if not folder.is_set():
-            raise UserError(f"{variable} is not set. nnU-Net needs it: export {variable}=/a/folder")
+    _check_folders_set()
     name = _dataset_name(name_or_id)
     raw = Path(nnUNet_raw) / name
     path = raw / "dataset.json"
@@ -123,6 +157,12 @@ def find_dataset(name_or_id: str) -> Dataset:
     if dataset_json["numTraining"] != len(files):
         raise UserError(f"{path} says numTraining {dataset_json['numTraining']}, but there are {len(files)} cases.")
     return Dataset(name, raw, Path(nnUNet_preprocessed) / name, dataset_json, files)
+
+
+def _check_folders_set() -> None:
+    for variable, folder in NNUNET_FOLDERS.items():
+        if not folder.is_set():
+            raise UserError(f"{variable} is not set. nnU-Net needs it: export {variable}=/a/folder")
 
 
 def _dataset_name(name_or_id: str) -> str:

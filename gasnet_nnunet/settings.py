@@ -105,6 +105,8 @@ class GASNetSettings:
         window: Lower and upper end of each channel's intensity window in nnU-Net-normalised units, which become -1
             and 1 for G and D. `None` for the clip bounds of CTNormalization, or the 0.5 and 99.5 percentiles of the
             preprocessed data where another scheme is planned.
+        init_from: Checkpoint of a model of ours whose S (with its heads), G and D the training starts from, for
+            instance to go on with another archive (the paper's GASNet_finetune).
 
     Examples:
         >>> GASNetSettings(num_epochs=5).num_epochs
@@ -170,6 +172,7 @@ class GASNetSettings:
     rotation_degrees: Annotated[float, Field(ge=0.0, le=180.0)] | None = 15.0
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] | None = (2,)
     window: tuple[tuple[float, float], ...] | None = None
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         of_s = ("weight_labelled", "weight_healthy", "weight_mil", "weight_pseudo", "weight_adversarial")

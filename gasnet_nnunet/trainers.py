@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from gasnet_nnunet.adversary import Adversary, needs_generator
-from gasnet_nnunet.checkpoints import read_checkpoint, remove_leftovers, write_checkpoint
+from gasnet_nnunet.checkpoints import CHECKPOINT_KEY, read_checkpoint, remove_leftovers, write_checkpoint
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, read_cohort
 from gasnet_nnunet.errors import DISK_FULL, UserError
+from gasnet_nnunet.fine_tuning import read_origin
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
 from gasnet_nnunet.networks import Topology
 from gasnet_nnunet.organ_masks import OrganMasks, ensure_organ_masks
@@ -49,9 +50,6 @@ from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 from gasnet_nnunet.splits import Fold, make_splits, read_fold, write_splits
 from gasnet_nnunet.steps import STEP_COLUMNS, GASNetStep, SegmentationTask, as_numbers, plain_module
 from gasnet_nnunet.watch import Watch
-
-CHECKPOINT_KEY = "gasnet"
-"""Where our state stands in nnU-Net's checkpoint; nnU-Net's predictor ignores it."""
 
 ATTRIBUTES = {
     "num_epochs": "num_epochs",
@@ -92,6 +90,7 @@ class GASNetTrainer(nnUNetTrainer):
         self._pasted: Any = None
         self._extra_columns: dict[str, float] = {}
         self._iterations_done = 0
+        self._restored = False
         # Nothing is above infinity: nnU-Net's own rule for checkpoint_best never fires, ours does (selection.py).
         self._best_ema = math.inf
         self._use_settings(self.settings)
@@ -180,6 +179,24 @@ class GASNetTrainer(nnUNetTrainer):
             self.adversary,
             self.device,
         )
+
+    def _start_from(self, checkpoint: str) -> None:
+        """Give S, G and D the weights of a trained model (the setting `init_from`)."""
+        assert self.adversary is not None
+        origin = read_origin(checkpoint)
+        origin.check_dataset(self.dataset_json)
+        configuration = self.configuration_manager.configuration
+        origin.check_network(configuration)
+        origin.load_into(self.network, self.adversary)
+        self.print_to_log_file(
+            f"Training starts from the weights in {origin.path}, trained on {origin.plans['dataset_name']} by "
+            f"{origin.trainer}."
+        )
+        differences = origin.preprocessing_differences(self.plans_manager.plans, configuration)
+        if differences:
+            self.print_to_log_file(
+                f"WARNING: these weights were trained on data of another kind: {'; '.join(differences)}."
+            )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """nnU-Net's SGD or Adam for S, both with nnU-Net's polynomial schedule."""
@@ -417,6 +434,9 @@ class GASNetTrainer(nnUNetTrainer):
         """Check the cohort and make the lung masks before anything else, then start as nnU-Net does."""
         if not self.was_initialized:
             self.initialize()
+        if self.settings.init_from is not None and not self._restored:
+            with _one_sentence():
+                self._start_from(self.settings.init_from)
         cases = self._fold_cases()
         assert self._cohort is not None
         self.print_to_log_file(self._cohort.report(), add_timestamp=False)
@@ -643,6 +663,7 @@ class GASNetTrainer(nnUNetTrainer):
             average.module.load_state_dict(checkpoint["network_weights"])
             average.n_averaged.fill_(state["averaged"])
             plain_module(self.network).load_state_dict(state["segmenter"])
+        self._restored = True
         self._seed(self.current_epoch)
 
     def _adopt_settings(self, plans: dict[str, Any]) -> None:
@@ -684,6 +705,36 @@ class SupervisedBaselineTrainer(GASNetTrainer):
             weight_diseased=0.0,
             weight_reconstruction=0.0,
         )
+
+
+class VanillaTrainer(nnUNetTrainer):
+    """nnU-Net's own trainer, with the length and the seed of the settings in the plans instead of 1000 epochs.
+
+    The schedule, the augmentation and everything else are nnU-Net's: what a user of nnU-Net has without this package,
+    with as many updates of S as GASNetTrainer makes.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        with _one_sentence():
+            entry = self.configuration_manager.configuration.get(PLANS_KEY, {})
+            source = f"configurations.{configuration}.{PLANS_KEY} of {plans['plans_name']}.json"
+            settings = GASNetSettings.from_dict(entry, source=source)
+        self.num_epochs = settings.num_epochs
+        self.num_iterations_per_epoch = settings.iterations_per_epoch
+        self.num_val_iterations_per_epoch = settings.validation_iterations_per_epoch
+        # nnU-Net's 50 of 1000 epochs.
+        self.save_every = max(1, settings.num_epochs // 20)
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+            np.random.seed(settings.seed)
 
 
 def _with_last_replaced(batch: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

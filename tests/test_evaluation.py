@@ -9,14 +9,16 @@ from rich.console import Console
 
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import (
+    METRICS,
+    PAPER_METRICS,
     evaluate_folder,
     markdown_table,
     plot_comparison,
     plot_overlays,
     rich_table,
-    score_case,
     summarise,
 )
+from gasnet_nnunet.metrics import score_case
 
 
 def write(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = (2.0, 2.0, 5.0), **more: object) -> None:
@@ -55,7 +57,7 @@ def folders(tmp_path: Path) -> Path:
 
 
 def test_metrics_are_those_of_the_paper() -> None:
-    score = score_case(HALF, TRUE, voxel_ml=0.5)
+    score = score_case(HALF, TRUE, spacing=(5.0, 10.0, 10.0))
     assert score["dice"] == 0.5
     assert score["sensitivity"] == 0.5
     assert score["specificity"] == pytest.approx(144 / 160)
@@ -69,7 +71,7 @@ def test_healthy_case_has_no_dice_but_false_positives(prediction: np.ndarray, sp
     assert np.isnan(score["dice"])
     assert np.isnan(score["sensitivity"])
     assert score["specificity"] == pytest.approx(specificity)
-    assert score["false_positive_ml"] == prediction.sum()
+    assert 1000 * score["false_positive_ml"] == pytest.approx(prediction.sum())
     assert score["false_positive_lung"] == prediction[:, :4, :5].sum() / 80
 
 
@@ -113,14 +115,14 @@ def test_missing_prediction_is_named(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "changes", "name"),
     [
-        (np.zeros((4, 6, 7)), {}, "size"),
-        (TRUE, {"spacing": (2.0, 2.0, 4.0)}, "spacing"),
+        (np.zeros((4, 6, 7)), {}, "size 7 x 6 x 4 instead of 8 x 6 x 4"),
+        (TRUE, {"spacing": (2.0, 2.0, 4.0)}, "spacing 2 x 2 x 4 instead of 2 x 2 x 5"),
         (TRUE, {"origin": (0.0, 3.0, 0.0)}, "origin"),
     ],
 )
 def test_other_geometry_is_refused(folders: Path, array: np.ndarray, changes: dict, name: str) -> None:
     write(folders / "poor/ill.nii.gz", array, **changes)
-    with pytest.raises(UserError, match=rf"The {name} of .*poor/ill\.nii\.gz"):
+    with pytest.raises(UserError, match=rf"poor/ill\.nii\.gz does not lie on the grid of .*: {name}"):
         evaluate_folder(folders / "poor", folders / "reference")
 
 
@@ -157,9 +159,10 @@ def test_summary_keeps_diseased_and_healthy_apart() -> None:
 
 def test_tables_show_percent(folders: Path) -> None:
     frames = both(folders)
-    lines = markdown_table(frames).splitlines()
+    lines = markdown_table(frames, metrics=PAPER_METRICS).splitlines()
     assert lines[0] == "| Model | Dice % | Sensitivity % | Specificity % | Lung called lesion, healthy % |"
-    assert lines[2:] == ["| poor | 50.0 | 50.0 | 90.0 | 30.0 |", "| good | 100.0 | 100.0 | 100.0 | 0.0 |"]
+    assert lines[2:] == ["| poor | 50.0 | 50.0 | 90.00 | 30.00 |", "| good | 100.0 | 100.0 | 100.00 | 0.00 |"]
+    assert markdown_table(frames).splitlines()[2].count("|") == len(METRICS) + 2
     console = Console(width=120, record=True, file=(folders / "table.txt").open("w"))
     console.print(rich_table(frames, title="Phantoms"))
     assert "100.0" in console.export_text()
