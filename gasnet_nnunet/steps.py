@@ -252,7 +252,7 @@ class GASNetStep:
 
 def cpu_computes_in_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16; others would only emulate it. False where torch cannot tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
