@@ -156,10 +156,10 @@ def _tell(result: Comparison, console: Console) -> None:
             console.print(rich_table(frames, title=f"{column}: {value}, {count} cases"))
     for note in result.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}")
-    times = [
-        f"predicting {escape(name)} took {spent:.0f} s" for name, spent in result.seconds.items() if name != "compare"
-    ]
-    console.print("; ".join([*times, f"comparing took {result.seconds['compare']:.0f} s"]).capitalize() + ".")
+    for name, spent in result.seconds.items():
+        console.print(
+            f"[dim]{'Comparing' if name == 'compare' else f'Predicting {escape(name)}'} took {spent:.0f} s.[/]"
+        )
     console.print("See:")
     for name, what in (
         ("summary.md", "these tables"),
