@@ -92,7 +92,7 @@ def test_folders_of_predictions_are_compared(data: Path) -> None:
     assert 0 < dice["low"] <= dice["difference"] <= dice["high"]
     text = (data / "out/summary.md").read_text(encoding="utf-8")
     assert "2 models on 3 cases (2 with lesion, 1 without)" in text
-    assert "### site: B, 1 cases (1 with lesion, 0 without)" in text
+    assert "### site: B, 1 case (1 with lesion, 0 without)" in text
     assert sorted(path.stem for path in (data / "out/overlays").iterdir()) == list(CASES)
     assert imread(data / "out/comparison.png").std() > 0.05
     assert result.reference == "poor"
@@ -126,7 +126,7 @@ def test_prediction_of_nothing_and_ignored_voxels_are_remarked_on(data: Path) ->
     tiny_dataset.write_image(mask, data / "mask/diseased_8.nii.gz")
     (data / "mask/dataset.json").write_text(json.dumps(tiny_dataset.DATASET_JSON))
     notes = run(data, two(data)).notes
-    assert any(note.startswith("poor found nothing in 1 cases with lesion (diseased_7)") for note in notes)
+    assert any(note.startswith("poor found nothing in cases with lesion (diseased_7)") for note in notes)
     assert any("'ignore' in the masks of diseased_8" in note for note in notes)
 
 
