@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gasnet_nnunet import __version__
-from gasnet_nnunet.cli import check, convert, demo, doctor, extend, lungs, plan, report, splits
+from gasnet_nnunet.cli import check, convert, demo, doctor, extend, lungs, plan, report, restore, splits
 from gasnet_nnunet.cli.variadic import VariadicCommand
 from gasnet_nnunet.errors import FILES_REFUSED, UserError
 
@@ -64,6 +64,7 @@ _register(app, check.check)
 _register(app, lungs.lungs)
 _register(app, splits.splits)
 _register(app, plan.plan, cls=VariadicCommand)
+_register(app, restore.restore, cls=VariadicCommand)
 _register(app, report.report)
 
 

@@ -1,0 +1,471 @@
+"""A trained model at work on one CT: the mask as nnU-Net predicts it, and the restored CT that G adds to it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gasnet_nnunet import __version__
+from gasnet_nnunet.checkpoints import read_checkpoint
+from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.intensity import IntensityWindow, normalised_to_hu
+from gasnet_nnunet.losses import lesion_probability
+from gasnet_nnunet.networks import Topology, build_generator
+from gasnet_nnunet.resampling import interpolate_slab, resample_logits
+from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
+from gasnet_nnunet.volumes import Grid
+
+RESTORE_FROM = 0.05
+"""M^ from which on a voxel is restored; what lies below is the CT's own."""
+PROBABILITY_STEPS = 4096
+"""M^ is rounded to multiples of 1 / this, far below what it means, because random last digits do not compress."""
+READERS = ("SimpleITKIO", "NibabelIO")
+"""nnU-Net's readers that hand over a CT's voxels in the order of the file."""
+GENERATOR_PATH = ("gasnet", "adversary", "generator")
+"""Where a checkpoint keeps G."""
+
+Volume = NDArray[Any]
+CT = sitk.Image | Volume | Sequence[sitk.Image]
+OnProgress = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What S found in a CT, on the CT's own grid.
+
+    Args:
+        mask: Labels (Z, Y, X), the voxels of nnU-Net's own prediction.
+        probability: M^, the probability of any lesion (Z, Y, X), in multiples of 1/4096.
+        grid: Where they lie.
+    """
+
+    mask: Volume
+    probability: NDArray[np.float32]
+    grid: Grid
+
+    def image(self, name: str) -> Any:
+        """One of the arrays, by its name, as a SimpleITK image."""
+        image = sitk.GetImageFromArray(getattr(self, name))
+        image.SetSpacing(self.grid.spacing)
+        image.SetOrigin(self.grid.origin)
+        image.SetDirection(self.grid.direction)
+        return image
+
+
+@dataclass(frozen=True, eq=False)
+class Restoration(Segmentation):
+    """What S and G made of a CT, on the CT's own grid.
+
+    Args:
+        restored: I_s = M^ * I_g + (1 - M^) * CT (Eq. 1) in HU; where M^ is below the threshold, the CT's own values.
+        generated: I_g = G(CT) in HU, within the window that G knows.
+        difference: CT - I_s in HU: what the disease added; positive where it made the lungs denser.
+    """
+
+    restored: Volume
+    generated: Volume
+    difference: Volume
+
+
+class _WindowedGenerator(nn.Module):
+    """G behind nnU-Net's predictor, which pads with 0: images come minus the window's lower bound.
+
+    Shape: (B, C, Z, Y, X), nnU-Net-normalised minus the lower bound -> (B, C, Z, Y, X) in [-1, 1]
+    """
+
+    def __init__(self, generator: nn.Module, window: IntensityWindow) -> None:
+        super().__init__()
+        self.generator = generator
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.window.to(x.device)
+        return self.generator(self.window.to_window(x + self.window.low[:, None, None, None]))
+
+
+class LoadedModel:
+    """A trained nnU-Net model, with the generators of its folds where it has them.
+
+    Args:
+        folder: The model's folder, `<trainer>__<plans>__<configuration>`.
+        folds: Folds to average; `None` for all that have the checkpoint (but `all` only where there is no other).
+        checkpoint: File name of the checkpoint in each fold.
+        device: "cuda", "cpu" or "mps"; `None` for cuda where there is one, else cpu.
+        step_size: Step of the sliding window, in shares of the patch.
+        mirroring: Mirror S's input along the axes that were trained with, as nnU-Net does.
+
+    Raises:
+        UserError: There is no such model, a file of it is damaged, or it is one that cannot be used here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        folds: Sequence[str | int] | None = None,
+        checkpoint: str = "checkpoint_final.pth",
+        device: str | None = None,
+        step_size: float = 0.5,
+        mirroring: bool = True,
+    ) -> None:
+        self.folder = folder
+        self.folds = _find_folds(folder, folds, checkpoint)
+        self.checkpoint = checkpoint
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not 0 < step_size <= 1:
+            raise UserError(f"The step of the sliding window is {step_size:g}; expected above 0 and at most 1.")
+        contents = [read_checkpoint(folder / f"fold_{fold}" / checkpoint) for fold in self.folds]
+        self._predictor = self._new_predictor(step_size, mirroring)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it tells where it looks for the trainer
+                self._predictor.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)
+        # What nnU-Net raises for trainers and architectures it cannot import, and for weights of another network.
+        except (RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"nnU-Net cannot load the model in {folder}: {reason}") from None
+        self.plans: PlansManager = self._predictor.plans_manager
+        self.configuration = self._predictor.configuration_manager
+        self.dataset_json: dict[str, Any] = self._predictor.dataset_json
+        self.channels: int = determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
+        self._check_usable()
+        self.settings = _settings(contents[0])
+        self._generators, self.no_restoration = self._load_generators(contents, step_size)
+
+    def _new_predictor(self, step_size: float, mirroring: bool) -> nnUNetPredictor:
+        with contextlib.redirect_stdout(io.StringIO()):  # it says what a CPU cannot do, every time
+            return nnUNetPredictor(
+                tile_step_size=step_size,
+                use_mirroring=mirroring,
+                perform_everything_on_device=self.device.type == "cuda",
+                device=self.device,
+                allow_tqdm=False,
+            )
+
+    def _check_usable(self) -> None:
+        if self.configuration.previous_stage_name is not None:
+            raise UserError(
+                f"{self.folder} is the second stage of a cascade, which needs the first one's masks. Use "
+                "nnUNetv2_predict for it."
+            )
+        reader = self.plans.image_reader_writer_class.__name__
+        if reader not in READERS:
+            raise UserError(
+                f"{self.folder} was planned with nnU-Net's reader {reader}, which turns images or is not for CTs; "
+                f"expected {' or '.join(READERS)}. Use nnUNetv2_predict for it."
+            )
+
+    def _load_generators(
+        self, contents: Sequence[dict[str, Any]], step_size: float
+    ) -> tuple[list[tuple[nnUNetPredictor, IntensityWindow]], str | None]:
+        """A predictor for each fold's G; or none, and why."""
+        generators = []
+        for fold, content in zip(self.folds, contents, strict=True):
+            state: Any = content
+            for key in GENERATOR_PATH:
+                state = state.get(key) or {}
+            if not state:
+                return [], (
+                    f"{self.folder / f'fold_{fold}' / self.checkpoint} holds the segmenter alone, as a supervised "
+                    "baseline, an exported model or a model of nnU-Net's own does; what restores a CT is the generator "
+                    "of a GASNet training."
+                )
+            generators.append(self._load_generator(content, state, step_size))
+        scheme = self.configuration.normalization_schemes[0]
+        if scheme != "CTNormalization":
+            return [], f"{self.folder} normalises its images by {scheme}, from which no way leads back to HU."
+        return generators, None
+
+    def _load_generator(
+        self, content: dict[str, Any], state: dict[str, Any], step_size: float
+    ) -> tuple[nnUNetPredictor, IntensityWindow]:
+        settings = _settings(content)
+        assert settings is not None
+        assert settings.window is not None
+        window = IntensityWindow(settings.window)
+        topology = Topology.from_arch_kwargs(self.configuration.network_arch_init_kwargs)
+        network = build_generator(settings, topology, len(window.bounds))
+        network.load_state_dict(state)
+        predictor = self._new_predictor(step_size, mirroring=False)
+        windowed = _WindowedGenerator(network, window)
+        predictor.manual_initialization(windowed, self.plans, self.configuration, None, self.dataset_json, "", None)
+        predictor.label_manager = _Channels(len(window.bounds))
+        return predictor, window
+
+    @property
+    def description(self) -> dict[str, str]:
+        """What a report says of the model."""
+        return {
+            "Model": self.folder.name,
+            "Dataset": str(self.plans.plans.get("dataset_name", "")),
+            "Folds": ", ".join(str(fold) for fold in self.folds),
+            "Checkpoint": self.checkpoint,
+            "Target spacing (mm)": " x ".join(f"{edge:.3g}" for edge in self.configuration.spacing),
+            "Patch": " x ".join(str(edge) for edge in self.configuration.patch_size),
+            "gasnet_nnunet": __version__,
+        }
+
+    def segment(
+        self, ct: CT, spacing: Sequence[float] | None = None, *, on_progress: OnProgress | None = None
+    ) -> Segmentation:
+        """Find the lesions in one CT; the mask is that of nnU-Net's own prediction, voxel by voxel.
+
+        Args:
+            ct: A SimpleITK image in HU, or an array (Z, Y, X) with its spacing. For a model of several channels a
+                sequence of images, or an array (C, Z, Y, X).
+            spacing: Voxel size (Z, Y, X) in mm of an array; an image has its own.
+            on_progress: Called with the share of the networks' work that is done.
+
+        Raises:
+            UserError: The CT has another number of channels than the model, NaN, or nothing to see.
+        """
+        values, grid = self._channels_of(ct, spacing)
+        data, properties = self._preprocess(values, grid)
+        with self._counted(on_progress, data.shape[1:], generate=False):
+            logits = self._predictor.predict_logits_from_preprocessed_data(data)
+        result = Segmentation(*self._empty(grid), grid)
+        mask, probability = self._views(properties, result.mask, result.probability)
+        for rows, slab in self._on_ct(logits, properties):
+            mask[rows], probability[rows] = self._interpret(slab)
+        compute_gaussian.cache_clear()
+        return result
+
+    def restore(
+        self,
+        ct: CT,
+        spacing: Sequence[float] | None = None,
+        *,
+        threshold: float = RESTORE_FROM,
+        on_progress: OnProgress | None = None,
+    ) -> Restoration:
+        """Find the lesions in one CT and paint healthy lung in their place (Eq. 1 of the paper).
+
+        Args:
+            ct: As for `segment`; the first channel is restored.
+            spacing: As for `segment`.
+            threshold: Where M^ is below this, the restored CT has the CT's own values, bit for bit.
+            on_progress: As for `segment`.
+
+        Raises:
+            UserError: As for `segment`; or the model has no generator (`no_restoration` says why).
+        """
+        if self.no_restoration:
+            raise UserError(f"Nothing can be restored: {self.no_restoration}")
+        values, grid = self._channels_of(ct, spacing)
+        data, properties = self._preprocess(values, grid)
+        with self._counted(on_progress, data.shape[1:], generate=True):
+            logits = self._predictor.predict_logits_from_preprocessed_data(data)
+            generated_hu = self._generate(data)
+        del data
+        original = values[0]
+        kind = original.dtype if original.dtype.kind in "if" and original.dtype.itemsize > 1 else np.dtype(np.int32)
+        restored = original.astype(kind)  # a copy
+        generated = restored.copy()  # what lies beyond the cropped part is nothing that G has seen
+        wide = kind.kind == "i" and kind.itemsize == 2 and not _fits_int16(original, generated_hu)
+        difference = np.zeros(original.shape, np.int32 if wide else kind)
+        result = Restoration(*self._empty(grid), grid, restored, generated, difference)
+        arrays = (result.mask, result.probability, original, restored, generated, difference)
+        views = self._views(properties, *arrays)
+        shape = views[0].shape
+        for rows, slab in self._on_ct(logits, properties):
+            mask, probability, before, after, painted, removed = (view[rows] for view in views)
+            mask[:], probability[:] = self._interpret(slab)
+            hu = interpolate_slab(generated_hu, shape, rows)
+            mixed = before + probability * (hu - before)
+            if kind.kind == "i":
+                mixed, hu = np.rint(mixed), np.rint(hu)
+            painted[:] = hu
+            np.copyto(after, mixed.astype(kind), where=(probability >= threshold) & (probability > 0))
+            np.subtract(before, after, out=removed, dtype=difference.dtype, casting="unsafe")
+        compute_gaussian.cache_clear()
+        return result
+
+    def _channels_of(self, ct: CT, spacing: Sequence[float] | None) -> tuple[list[Volume], Grid]:
+        """One array (Z, Y, X) a channel, in the CT's own type, and the grid."""
+        if isinstance(ct, np.ndarray):
+            if spacing is None or len(spacing) != 3:
+                raise UserError("An array needs its spacing: the voxel size (Z, Y, X) in mm.")
+            values = list(ct) if ct.ndim == 4 else [ct]
+            size = tuple(int(edge) for edge in values[0].shape[::-1]) if values else ()
+            identity = tuple(np.eye(3).ravel().tolist())
+            grid = Grid(size, tuple(float(edge) for edge in spacing[::-1]), (0.0, 0.0, 0.0), identity)
+        else:
+            images = [ct] if isinstance(ct, sitk.Image) else list(ct)
+            values, grid = [sitk.GetArrayFromImage(image) for image in images], Grid.of(images[0])
+        if len(values) != self.channels:
+            names = ", ".join(self.dataset_json["channel_names"].values())
+            raise UserError(
+                f"The CT has {len(values)} channel{'s' * (len(values) != 1)}, but the model takes {self.channels} "
+                f"({names})."
+            )
+        for array in values:
+            if array.ndim != 3 or array.shape != values[0].shape or array.dtype.kind not in "iuf":
+                raise UserError(f"Found {array.dtype} voxels of shape {array.shape}; expected numbers (Z, Y, X).")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise UserError("The CT has voxels that are NaN or infinite. Replace them, e.g. by -1024 HU.")
+            if array.min() == array.max():
+                raise UserError(f"The CT is {array.min():g} throughout; it shows nothing.")
+        return values, grid
+
+    def _preprocess(self, values: Sequence[Volume], grid: Grid) -> tuple[Tensor, dict[str, Any]]:
+        preprocessor = self.configuration.preprocessor_class(verbose=False)
+        spacing = [abs(edge) for edge in grid.spacing[::-1]]
+        stacked = values[0][None] if len(values) == 1 else np.stack(values)
+        data, _, properties = preprocessor.run_case_npy(
+            stacked, None, {"spacing": spacing}, self.plans, self.configuration, self.dataset_json
+        )
+        return torch.from_numpy(data).to(torch.float32, memory_format=torch.contiguous_format), properties
+
+    def _generate(self, data: Tensor) -> Tensor:
+        """I_g of the first channel in HU, (z, y, x) on the plan's grid, averaged over the folds."""
+        total = torch.zeros(data.shape[1:])
+        for predictor, window in self._generators:
+            window.to(torch.device("cpu"))
+            shifted = data - window.low[:, None, None, None]
+            generated = window.from_window(predictor.predict_sliding_window_return_logits(shifted).cpu().float())
+            total += normalised_to_hu(generated[0], self.plans.plans)
+        return total / len(self._generators)
+
+    def _empty(self, grid: Grid) -> tuple[Volume, NDArray[np.float32]]:
+        many = len(self._predictor.label_manager.foreground_labels) >= 255
+        shape = grid.size[::-1]
+        return np.zeros(shape, np.uint16 if many else np.uint8), np.zeros(shape, np.float32)
+
+    def _views(self, properties: dict[str, Any], *arrays: Volume) -> list[Volume]:
+        """The part of arrays on the CT's grid that nnU-Net did not crop, with the plan's order of axes."""
+        crop = tuple(slice(*edge) for edge in properties["bbox_used_for_cropping"])
+        return [array.transpose(self.plans.transpose_forward)[crop] for array in arrays]
+
+    def _on_ct(self, logits: Tensor, properties: dict[str, Any]) -> Iterator[tuple[slice, Volume]]:
+        """Logits on the CT's grid, a slab (K, n, Y, X) at a time, as in nnU-Net's export."""
+        shape = properties["shape_after_cropping_and_before_resampling"]
+        spacing = [properties["spacing"][axis] for axis in self.plans.transpose_forward]
+        target = list(self.configuration.spacing)
+        current = target if len(target) == len(shape) else [spacing[0], *target]
+        yield from resample_logits(logits, shape, current, spacing, self.configuration)
+
+    def _interpret(self, logits: Volume) -> tuple[Volume, NDArray[np.float32]]:
+        """Labels and M^ (n, Y, X) of logits (K, n, Y, X)."""
+        labels = self._predictor.label_manager
+        mask = np.asarray(labels.convert_logits_to_segmentation(logits))
+        probability = lesion_probability(torch.from_numpy(logits)[None], regions=labels.has_regions)[0, 0]
+        return mask, ((probability * PROBABILITY_STEPS).round() / PROBABILITY_STEPS).numpy()
+
+    @contextlib.contextmanager
+    def _counted(self, on_progress: OnProgress | None, shape: Sequence[int], *, generate: bool) -> Iterator[None]:
+        """Tell the share of forward passes that are done."""
+        if on_progress is None:
+            yield
+            return
+        windows = self._windows(shape)
+        mirrored = 2 ** len(self._predictor.allowed_mirroring_axes or ()) if self._predictor.use_mirroring else 1
+        total = windows * len(self.folds) * (mirrored + (1 if generate else 0))
+        done = 0
+
+        def count(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            on_progress(min(1.0, done / total))
+
+        networks = [self._predictor.network, *(predictor.network for predictor, _ in self._generators)]
+        hooks = [network.register_forward_hook(count) for network in networks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _windows(self, shape: Sequence[int]) -> int:
+        patch = self.configuration.patch_size
+        flat = len(shape) - len(patch)
+        size = tuple(max(edge, least) for edge, least in zip(shape[flat:], patch, strict=True))
+        steps = compute_steps_for_sliding_window(size, tuple(patch), self._predictor.tile_step_size)
+        return int(np.prod([len(places) for places in steps])) * int(np.prod(shape[:flat]))
+
+
+class _Channels:
+    """What nnU-Net's predictor asks its label manager: how many channels come out."""
+
+    def __init__(self, count: int) -> None:
+        self.num_segmentation_heads = count
+
+
+def find_model_folder(dataset: str, *, trainer: str, plans: str, configuration: str) -> Path:
+    """The folder of a trained model in nnUNet_results.
+
+    Args:
+        dataset: `501` or `Dataset501_Covid`.
+        trainer: Name of the trainer.
+        plans: Name of the plans.
+        configuration: Name of the configuration.
+
+    Raises:
+        UserError: nnUNet_results is not set or has no such model; the models it has are named.
+    """
+    if not nnUNet_results.is_set():
+        raise UserError("nnUNet_results is not set. Export it, or name the model's folder with -m.")
+    results = Path(nnUNet_results)
+    names = [dataset]
+    if dataset.isdecimal():
+        names = sorted(str(name) for name in find_candidate_datasets(int(dataset)))
+        names = [name for name in names if (results / name).is_dir()]
+    model = convert_trainer_plans_config_to_identifier(trainer, plans, configuration)
+    if len(names) == 1 and (results / names[0] / model).is_dir():
+        return results / names[0] / model
+    there = sorted(path.name for name in names for path in (results / name).glob("*__*__*"))
+    known = f"Models of it: {', '.join(there)}" if there else f"There is no model of {dataset} in {results}"
+    raise UserError(f"There is no trained model {model} of dataset {dataset}. {known}. See -tr, -p and -c, or use -m.")
+
+
+def _find_folds(folder: Path, folds: Sequence[str | int] | None, checkpoint: str) -> list[str]:
+    for name in ("dataset.json", "plans.json"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}. Expected the folder of a trained model, <trainer>__<plans>__<configuration>."
+            )
+    there = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}"))
+    if not there:
+        others = sorted({path.name for path in folder.glob("fold_*/checkpoint_*.pth")})
+        has = f"it has {', '.join(others)}" if others else "has the training begun?"
+        raise UserError(f"No fold of {folder} has a {checkpoint}; {has}.")
+    if folds is None:
+        return [fold for fold in there if fold != "all"] or there
+    wanted = [str(fold) for fold in folds]
+    missing = [fold for fold in wanted if fold not in there]
+    if missing:
+        raise UserError(
+            f"{folder} has no {checkpoint} of fold {', '.join(missing)}; of these it has one: {', '.join(there)}."
+        )
+    return wanted
+
+
+def _settings(checkpoint: dict[str, Any]) -> GASNetSettings | None:
+    """The settings that a checkpoint was trained with; `None` for models of other trainers."""
+    arguments = checkpoint.get("init_args") or {}
+    configurations = (arguments.get("plans") or {}).get("configurations", {})
+    configuration: Any = configurations.get(arguments.get("configuration"), {})
+    if PLANS_KEY not in configuration:
+        return None
+    return GASNetSettings.from_dict(configuration[PLANS_KEY], source="the checkpoint")
+
+
+def _fits_int16(original: Volume, generated: Tensor) -> bool:
+    """Whether CT - I_s stays within 16 bits."""
+    low, high = min(float(original.min()), float(generated.min())), max(float(original.max()), float(generated.max()))
+    return high - low <= np.iinfo(np.int16).max
