@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import math
 import re
 import zlib
@@ -43,21 +42,19 @@ Codes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class IndexRow:
-    """What the index shows of a case.
+    """What the index shows of a case, beside the picture in its report.
 
     Args:
         case: Name of the case.
         burden: Lesion burden as in its report; empty if there is none.
         warnings: Its warnings.
-        thumbnail: A picture as PNG, if there is one.
-        failed: Why there is no report of the case, in a sentence; `None` if there is one.
+        problem: What went wrong with it, in a sentence; `None` if nothing did.
     """
 
     case: str
     burden: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
-    thumbnail: bytes | None = None
-    failed: str | None = None
+    problem: str | None = None
 
 
 def report_name(case: str) -> str:
@@ -99,19 +96,10 @@ def write_case_report(
         ValueError: The images do not lie on one grid.
     """
     volume = _Volume.of(ct, mask, restored, difference)
-    thumbnail = volume.thumbnail()
-    summary = {
-        "case": case,
-        "burden": burden,
-        "warnings": list(warnings),
-        "thumbnail": base64.b64encode(thumbnail).decode(),
-    }
     write_page(
         path,
         "case.html",
         title=case,
-        # JSON has no NaN, and browsers are strict.
-        summary=json.loads(json.dumps(summary, default=_plain), parse_constant=lambda name: None),
         model=model,
         warnings=list(warnings),
         tables=burden_tables(burden),
@@ -120,28 +108,12 @@ def write_case_report(
         notes=volume.notes(),
         panels=volume.panels(),
         windows=WINDOWS if volume.is_hu else {},
-        picture=inline(thumbnail),
-    )
-
-
-def read_row(report: Path) -> IndexRow:
-    """The index's row of a case whose report was written before.
-
-    Raises:
-        ValueError: The file is no report of a case.
-    """
-    with report.open(encoding="utf-8") as file:
-        found = next((re.search(r'id="summary">(.*)</script>', line) for line in file if 'id="summary"' in line), None)
-    if found is None:
-        raise ValueError(f"{report} is no report of a case")
-    summary = json.loads(found[1])
-    return IndexRow(
-        summary["case"], summary["burden"], summary["warnings"], base64.b64decode(summary["thumbnail"]), None
+        picture=inline(volume.thumbnail()),
     )
 
 
 def write_index(path: Path, rows: Sequence[IndexRow]) -> None:
-    """Write the page over all cases, which lies beside their reports and links to them.
+    """Write the page over all cases, with pictures of the reports that lie beside it and links to them.
 
     Args:
         path: The page to write.
@@ -150,19 +122,27 @@ def write_index(path: Path, rows: Sequence[IndexRow]) -> None:
     columns = index_columns([row.burden for row in rows])
     table = []
     for row in sorted(rows, key=lambda row: _rank(row, list(columns))):
+        report = path.parent / report_name(row.case)
         values = {name: row.burden.get(name) for name in columns}
         table.append(
             {
                 "case": row.case,
-                "link": None if row.failed else quote(report_name(row.case)),
-                "picture": None if row.thumbnail is None else inline(row.thumbnail),
+                "link": quote(report.name) if report.is_file() else None,
+                "picture": _picture_of(report) if report.is_file() else None,
                 "cells": [(_number(value), as_text(name, value)) for name, value in values.items()],
-                "warnings": [row.failed] if row.failed else list(row.warnings),
-                "failed": row.failed is not None,
+                "problem": row.problem,
+                "warnings": [warning for warning in row.warnings if warning != row.problem],
             }
         )
-    failed = sum(row.failed is not None for row in rows)
-    write_page(path, "index.html", title="Cases", headings=list(columns.values()), rows=table, failed=failed)
+    problems = sum(row.problem is not None for row in rows)
+    write_page(path, "index.html", title="Cases", headings=list(columns.values()), rows=table, problems=problems)
+
+
+def _picture_of(report: Path) -> str | None:
+    """The address of the picture near the head of a report."""
+    with report.open(encoding="utf-8") as file:
+        found = (re.search(r'<img id="picture" src="([^"]+)"', line) for line in file)
+        return next((match[1] for match in found if match), None)
 
 
 def _rank(row: IndexRow, columns: Sequence[str]) -> float:
@@ -302,11 +282,6 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as JSON takes them."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 # Volumes --------------------------------------------------------------------------------------------------------------
