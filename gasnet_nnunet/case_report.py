@@ -320,7 +320,7 @@ class _Volume:
         lowest, highest = float(values.min()), float(values.max())
         is_hu = lowest <= HIGHEST_AIR
         levels = HU_LEVELS if is_hu else np.linspace(lowest, max(highest, lowest + 1), 256)
-        labels = _blocks(sitk.GetArrayViewFromImage(axial(mask)), factors[0])
+        labels = axial(mask)  # held, because a view of its voxels does not
         return cls(
             size=size,
             spacing=spacing,
@@ -330,7 +330,7 @@ class _Volume:
             is_hu=is_hu,
             levels=levels,
             ct=[_code(plane, levels) for plane in _averaged(values, factors)],
-            mask=[_labels(block, factors) for block in labels],
+            mask=[_labels(block, factors) for block in _blocks(sitk.GetArrayViewFromImage(labels), factors[0])],
             restored=None if restored is None else _planes(restored, factors, levels),
             difference=None if difference is None else _planes(difference, factors, DIFFERENCE_LEVELS),
         )
@@ -470,7 +470,8 @@ def _tiles(plane: NDArray[Any], factors: tuple[int, int, int]) -> NDArray[Any]:
 
 
 def _planes(image: sitk.Image, factors: tuple[int, int, int], levels: Levels) -> list[Codes]:
-    return [_code(plane, levels) for plane in _averaged(sitk.GetArrayViewFromImage(axial(image)), factors)]
+    shown = axial(image)
+    return [_code(plane, levels) for plane in _averaged(sitk.GetArrayViewFromImage(shown), factors)]
 
 
 def _code(plane: NDArray[np.float32], levels: Levels) -> Codes:
