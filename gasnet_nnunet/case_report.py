@@ -32,8 +32,8 @@ WINDOWS = {"Lung": (-600, 1500), "Mediastinum": (40, 400), "Bone": (400, 1800)}
 """Level and width in HU of the presets."""
 HU_LEVELS = np.interp(np.arange(256), [0, 84, 184, 244, 255], [-1024, -200, 250, 1500, 3071])
 """HU of each of the 256 grey levels: steps of 10 HU in lung, 4.5 in soft tissue, 21 in bone."""
-DIFFERENCE_LEVELS = np.interp(np.arange(255), [0, 27, 127, 227, 254], [-2000, -500, 0, 500, 2000])
-"""HU of each level of a difference: steps of 5 HU up to 500; 0 is a level."""
+DIFFERENCE_LEVELS = np.interp(np.arange(255), [0, 27, 127, 227, 254], [-2000, -1000, 0, 1000, 2000])
+"""HU of each level of a difference: steps of 10 HU up to 1000; 0 is a level."""
 CONTOUR = (255, 214, 0)
 
 Levels = NDArray[np.float64]

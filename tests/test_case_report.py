@@ -118,7 +118,7 @@ def test_restored_ct_and_difference_are_shown_and_cost_nothing_where_the_ct_is_k
     assert not change[mask[::-1] == 0].any()
     np.testing.assert_allclose(HU_LEVELS[(codes + change).astype(np.uint8)][mask[::-1] > 0], -900, atol=5)
     difference = DIFFERENCE_LEVELS[planes_of(volume, "difference")]
-    np.testing.assert_allclose(difference, (ct - restored)[::-1], atol=30)
+    np.testing.assert_allclose(difference, (ct - restored)[::-1], atol=5)
     assert not difference[mask[::-1] == 0].any()
 
 

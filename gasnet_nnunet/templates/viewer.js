@@ -140,7 +140,7 @@ async function show() {
   byId("slider").value = number;
   byId("profile-mark").style.left = `${100 * (number + 0.5) / depth}%`;
   readOut(slice);
-  document.body.dataset.shown = number;
+  document.body.dataset.shown = [number, state.level, state.window, state.contour].join(" ");
   if (number + 1 < depth) load(number + 1);
 }
 
