@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from nnunetv2.paths import nnUNet_results
@@ -20,17 +22,17 @@ from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from gasnet_nnunet import __version__
 from gasnet_nnunet.checkpoints import read_checkpoint
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.intensity import IntensityWindow, normalised_to_hu
 from gasnet_nnunet.losses import lesion_probability
-from gasnet_nnunet.networks import Topology, build_generator
+from gasnet_nnunet.networks import Generator, Topology, build_generator
 from gasnet_nnunet.resampling import interpolate_slab, resample_logits
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
-from gasnet_nnunet.volumes import Grid
+from gasnet_nnunet.volumes import Grid, as_image
 
 RESTORE_FROM = 0.05
 """M^ from which on a voxel is restored; what lies below is the CT's own."""
@@ -62,11 +64,7 @@ class Segmentation:
 
     def image(self, name: str) -> Any:
         """One of the arrays, by its name, as a SimpleITK image."""
-        image = sitk.GetImageFromArray(getattr(self, name))
-        image.SetSpacing(self.grid.spacing)
-        image.SetOrigin(self.grid.origin)
-        image.SetDirection(self.grid.direction)
-        return image
+        return as_image(getattr(self, name), self.grid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,22 +80,6 @@ class Restoration(Segmentation):
     restored: Volume
     generated: Volume
     difference: Volume
-
-
-class _WindowedGenerator(nn.Module):
-    """G behind nnU-Net's predictor, which pads with 0: images come minus the window's lower bound.
-
-    Shape: (B, C, Z, Y, X), nnU-Net-normalised minus the lower bound -> (B, C, Z, Y, X) in [-1, 1]
-    """
-
-    def __init__(self, generator: nn.Module, window: IntensityWindow) -> None:
-        super().__init__()
-        self.generator = generator
-        self.window = window
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.window.to(x.device)
-        return self.generator(self.window.to_window(x + self.window.low[:, None, None, None]))
 
 
 class LoadedModel:
@@ -132,9 +114,15 @@ class LoadedModel:
         if not 0 < step_size <= 1:
             raise UserError(f"The step of the sliding window is {step_size:g}; expected above 0 and at most 1.")
         contents = [read_checkpoint(folder / f"fold_{fold}" / checkpoint) for fold in self.folds]
-        self._predictor = self._new_predictor(step_size, mirroring)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells where it looks for the trainer
+            with contextlib.redirect_stdout(io.StringIO()):  # what a CPU cannot do, and where trainers are looked for
+                self._predictor = nnUNetPredictor(
+                    tile_step_size=step_size,
+                    use_mirroring=mirroring,
+                    perform_everything_on_device=self.device.type == "cuda",
+                    device=self.device,
+                    allow_tqdm=False,
+                )
                 self._predictor.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)
         # What nnU-Net raises for trainers and architectures it cannot import, and for weights of another network.
         except (RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
@@ -146,17 +134,7 @@ class LoadedModel:
         self.channels: int = determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
         self._check_usable()
         self.settings = _settings(contents[0])
-        self._generators, self.no_restoration = self._load_generators(contents, step_size)
-
-    def _new_predictor(self, step_size: float, mirroring: bool) -> nnUNetPredictor:
-        with contextlib.redirect_stdout(io.StringIO()):  # it says what a CPU cannot do, every time
-            return nnUNetPredictor(
-                tile_step_size=step_size,
-                use_mirroring=mirroring,
-                perform_everything_on_device=self.device.type == "cuda",
-                device=self.device,
-                allow_tqdm=False,
-            )
+        self._generators, self.no_restoration = self._load_generators(contents)
 
     def _check_usable(self) -> None:
         if self.configuration.previous_stage_name is not None:
@@ -172,9 +150,9 @@ class LoadedModel:
             )
 
     def _load_generators(
-        self, contents: Sequence[dict[str, Any]], step_size: float
-    ) -> tuple[list[tuple[nnUNetPredictor, IntensityWindow]], str | None]:
-        """A predictor for each fold's G; or none, and why."""
+        self, contents: Sequence[dict[str, Any]]
+    ) -> tuple[list[tuple[Generator, IntensityWindow]], str | None]:
+        """G of each fold with its window; or none, and why."""
         generators = []
         for fold, content in zip(self.folds, contents, strict=True):
             state: Any = content
@@ -186,27 +164,18 @@ class LoadedModel:
                     "baseline, an exported model or a model of nnU-Net's own does; what restores a CT is the generator "
                     "of a GASNet training."
                 )
-            generators.append(self._load_generator(content, state, step_size))
+            settings = _settings(content)
+            assert settings is not None
+            assert settings.window is not None
+            topology = Topology.from_arch_kwargs(self.configuration.network_arch_init_kwargs)
+            generator = build_generator(settings, topology, len(settings.window))
+            generator.load_state_dict(state)
+            window = IntensityWindow(settings.window).to(self.device)
+            generators.append((generator.to(self.device).eval(), window))
         scheme = self.configuration.normalization_schemes[0]
         if scheme != "CTNormalization":
             return [], f"{self.folder} normalises its images by {scheme}, from which no way leads back to HU."
         return generators, None
-
-    def _load_generator(
-        self, content: dict[str, Any], state: dict[str, Any], step_size: float
-    ) -> tuple[nnUNetPredictor, IntensityWindow]:
-        settings = _settings(content)
-        assert settings is not None
-        assert settings.window is not None
-        window = IntensityWindow(settings.window)
-        topology = Topology.from_arch_kwargs(self.configuration.network_arch_init_kwargs)
-        network = build_generator(settings, topology, len(window.bounds))
-        network.load_state_dict(state)
-        predictor = self._new_predictor(step_size, mirroring=False)
-        windowed = _WindowedGenerator(network, window)
-        predictor.manual_initialization(windowed, self.plans, self.configuration, None, self.dataset_json, "", None)
-        predictor.label_manager = _Channels(len(window.bounds))
-        return predictor, window
 
     @property
     def description(self) -> dict[str, str]:
@@ -332,14 +301,30 @@ class LoadedModel:
         )
         return torch.from_numpy(data).to(torch.float32, memory_format=torch.contiguous_format), properties
 
+    @torch.inference_mode()
     def _generate(self, data: Tensor) -> Tensor:
-        """I_g of the first channel in HU, (z, y, x) on the plan's grid, averaged over the folds."""
+        """I_g of the first channel in HU, (z, y, x) on the plan's grid, averaged over the folds.
+
+        The windows and weights are those of nnU-Net's predictor, the sums are in single precision: in its half
+        precision, which does for logits, the corners of a scan were off by 100 HU.
+        """
+        patch = tuple(self.configuration.patch_size)
+        weights = compute_gaussian(patch, value_scaling_factor=10, dtype=torch.float32, device=torch.device("cpu"))
         total = torch.zeros(data.shape[1:])
-        for predictor, window in self._generators:
-            window.to(torch.device("cpu"))
-            shifted = data - window.low[:, None, None, None]
-            generated = window.from_window(predictor.predict_sliding_window_return_logits(shifted).cpu().float())
-            total += normalised_to_hu(generated[0], self.plans.plans)
+        for generator, window in self._generators:
+            low = window.low[:, None, None, None]
+            # The lower bound is what pads a patch in training.
+            shifted, unpadded = pad_nd_image(data - low.cpu(), patch, return_slicer=True)
+            painted, weight = torch.zeros(shifted.shape[1:]), torch.zeros(shifted.shape[1:])
+            for place in self._places(shifted.shape[1:]):
+                x = window.to_window(shifted[(slice(None), *place)][None].to(self.device) + low)
+                with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
+                    generated = generator(x)
+                painted[place] += (
+                    normalised_to_hu(window.from_window(generated)[0, 0].cpu(), self.plans.plans) * weights
+                )
+                weight[place] += weights
+            total += (painted / weight)[unpadded[1:]]
         return total / len(self._generators)
 
     def _empty(self, grid: Grid) -> tuple[Volume, NDArray[np.float32]]:
@@ -373,7 +358,7 @@ class LoadedModel:
         if on_progress is None:
             yield
             return
-        windows = self._windows(shape)
+        windows = len(self._places(shape))
         mirrored = 2 ** len(self._predictor.allowed_mirroring_axes or ()) if self._predictor.use_mirroring else 1
         total = windows * len(self.folds) * (mirrored + (1 if generate else 0))
         done = 0
@@ -383,7 +368,7 @@ class LoadedModel:
             done += 1
             on_progress(min(1.0, done / total))
 
-        networks = [self._predictor.network, *(predictor.network for predictor, _ in self._generators)]
+        networks = [self._predictor.network, *(generator for generator, _ in self._generators)]
         hooks = [network.register_forward_hook(count) for network in networks]
         try:
             yield
@@ -391,19 +376,17 @@ class LoadedModel:
             for hook in hooks:
                 hook.remove()
 
-    def _windows(self, shape: Sequence[int]) -> int:
+    def _places(self, shape: Sequence[int]) -> list[tuple[slice, ...]]:
+        """Places of the sliding window in a volume, which is padded to the patch; in each slice for 2D plans."""
         patch = self.configuration.patch_size
         flat = len(shape) - len(patch)
         size = tuple(max(edge, least) for edge, least in zip(shape[flat:], patch, strict=True))
         steps = compute_steps_for_sliding_window(size, tuple(patch), self._predictor.tile_step_size)
-        return int(np.prod([len(places) for places in steps])) * int(np.prod(shape[:flat]))
-
-
-class _Channels:
-    """What nnU-Net's predictor asks its label manager: how many channels come out."""
-
-    def __init__(self, count: int) -> None:
-        self.num_segmentation_heads = count
+        slices = [range(edge) for edge in shape[:flat]]
+        return [
+            tuple(slice(start, start + edge) for start, edge in zip(starts, (*[1] * flat, *patch), strict=True))
+            for starts in itertools.product(*slices, *steps)
+        ]
 
 
 def find_model_folder(dataset: str, *, trainer: str, plans: str, configuration: str) -> Path:

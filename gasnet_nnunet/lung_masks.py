@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from gasnet_nnunet.cohort import abbreviate, raise_problems
@@ -21,7 +20,16 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.lungs import Mask, bounding_box, segment_lungs
 from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.raw_dataset import Dataset
-from gasnet_nnunet.volumes import HIGHEST_AIR, Grid, grid_difference, read_grid, read_volume, volume_name, write_volume
+from gasnet_nnunet.volumes import (
+    HIGHEST_AIR,
+    Grid,
+    as_image,
+    grid_difference,
+    read_grid,
+    read_volume,
+    volume_name,
+    write_volume,
+)
 
 METHODS = ("threshold", "lungmask", "folder")
 LOBES = (
@@ -300,12 +308,8 @@ def _segment_by_threshold(case: str, ct: NDArray[Any], grid: Grid) -> Mask:
 
 
 def _segment_by_network(case: str, ct: NDArray[Any], grid: Grid) -> Mask:
-    image = sitk.GetImageFromArray(ct)
-    image.SetSpacing(grid.spacing)
-    image.SetOrigin(grid.origin)
-    image.SetDirection(grid.direction)
     try:
-        labels = np.asarray(_network().apply(image))
+        labels = np.asarray(_network().apply(as_image(ct, grid)))
     # Another package's network on an unknown scan and device: whatever it raises concerns this case alone.
     except Exception as error:
         raise UserError(f"lungmask could not segment it: {_sentence(error)}") from error

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gasnet_nnunet.burden import burden_of, find_lungs
+from gasnet_nnunet.case_report import IndexRow, report_name, write_case_report, write_index
 from gasnet_nnunet.cohort import abbreviate
 from gasnet_nnunet.dataset_conversion.dicom_series import DicomVolume
 from gasnet_nnunet.dicom_seg import label_names, write_dicom_seg
@@ -28,13 +29,14 @@ from gasnet_nnunet.inspection import UNLIKE_SPACINGS
 from gasnet_nnunet.lung_masks import USUAL_ML
 from gasnet_nnunet.lungs import HU_RANGE, Mask
 from gasnet_nnunet.new_cts import ENDING, Case
-from gasnet_nnunet.volumes import HIGHEST_AIR, Grid, grid_difference, read_volume, volume_name, write_volume
+from gasnet_nnunet.volumes import HIGHEST_AIR, Grid, as_image, grid_difference, read_volume, volume_name, write_volume
 
 NETWORK_SHARE = 0.7
 """Share of a case's progress that the networks are given."""
 RESTORED = ("restored", "generated", "difference")
 """Volumes that need G."""
 BURDEN_FILE = "burden.json"
+INDEX_FILE = "report.html"
 IMPLAUSIBLE_PERCENT = 60.0
 """Share of the lungs from which on a mask is doubted."""
 OUTSIDE_SHARE, OUTSIDE_ML = 0.2, 10.0
@@ -113,6 +115,9 @@ def restore_cases(
             worker = _CaseWorker(model, case, out, options, partial(_within, advance, number))
             outcomes.append(worker.run(ledger))
         advance(len(cases), None)
+    if options.report and not options.mask_only:
+        rows = [IndexRow(one.case, one.burden or {}, one.warnings, one.problem or None) for one in outcomes]
+        write_index(out / INDEX_FILE, rows)
     return outcomes
 
 
@@ -141,6 +146,8 @@ def _outputs(model: LoadedModel, case: Case, options: Options) -> list[str]:
         names += [f"{case.name}_{volume}{ENDING}" for volume in _volumes(model, options)]
         if case.series is not None:
             names.append(f"{case.name}_seg.dcm")
+        if options.report:
+            names.append(report_name(case.name))
     return names
 
 
@@ -182,6 +189,8 @@ class _CaseWorker:
         # Besides a user's mistakes: full disks and memory (torch's own is a RuntimeError).
         except (UserError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, OSError) and error.strerror:
+                reason = f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
             return Outcome(self.case.name, "failed", problem=f"{self.case.name}: {reason}")
         finally:
             for path in self._unfinished:
@@ -204,6 +213,13 @@ class _CaseWorker:
         self._write(f"{self.case.name}{ENDING}", result.mask, grid)
         if self.case.series is not None:
             self._write_dicom_seg(self.case.series, result.mask)
+        if self.options.report:
+            images = [as_image(ct, grid), as_image(result.mask, grid), None, None]
+            if isinstance(result, Restoration):
+                images[2:] = [as_image(result.restored, grid), as_image(result.difference, grid)]
+            # The arrays of a large CT would stand beside the report's own.
+            del result, restored, values, lungs, ct
+            self._write_report(images, burden, warnings)
         return burden, warnings, problem
 
     def _read(self) -> tuple[NDArray[Any], Grid]:
@@ -262,6 +278,21 @@ class _CaseWorker:
             label_names(self.model.dataset_json["labels"]),
             model=self.model.folder.name,
             lungs=self.model.settings is None or self.model.settings.organ == "lungs",
+        )
+
+    def _write_report(self, images: Sequence[Any], burden: Mapping[str, Any], warnings: Sequence[str]) -> None:
+        ct, mask, restored, difference = images
+        shown = {name: value for name, value in burden.items() if name != "component_ml"}
+        write_case_report(
+            self._temporary(report_name(self.case.name)),
+            case=self.case.name,
+            ct=ct,
+            mask=mask,
+            restored=restored,
+            difference=difference,
+            burden=shown,
+            model=self.model.description,
+            warnings=warnings,
         )
 
     def _rename(self) -> None:

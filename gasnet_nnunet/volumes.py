@@ -155,17 +155,24 @@ def write_volume(path: Path, array: NDArray[Any], grid: Grid) -> None:
     """
     import SimpleITK as sitk
 
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(grid.spacing)
-    image.SetOrigin(grid.origin)
-    image.SetDirection(grid.direction)
     try:
-        sitk.WriteImage(image, str(path), True)
+        sitk.WriteImage(as_image(array, grid), str(path), True)
         written, _ = read_volume(path)
     except (RuntimeError, UserError) as error:
         raise UserError(f"{path} could not be written. Is the disk full? {_reason(error)}") from None
     if not np.array_equal(written, array):
         raise UserError(f"{path} could not be written: what was read back differs. Is the disk full?")
+
+
+def as_image(array: NDArray[Any], grid: Grid) -> Any:
+    """Values (Z, Y, X) on a grid, as a SimpleITK image."""
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(grid.spacing)
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction)
+    return image
 
 
 def volume_name(path: Path) -> str:

@@ -214,3 +214,54 @@ def train(root: Path, trainer: type, *, dataset: str = "Dataset501_Tiny", **sett
     recursive_fix_for_json_export(summary)
     save_summary_json(summary, str(fold / "validation" / "summary.json"))
     return fold
+
+
+def write_model(
+    root: Path,
+    trainer: str = "GASNetTrainer",
+    *,
+    folds: tuple[int, ...] = (0,),
+    dataset_json: Mapping[str, Any] = DATASET_JSON,
+    change: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
+    """A model's folder as after a training that learnt nothing, whose S therefore finds something everywhere.
+
+    Args:
+        root: Parent of nnU-Net's folders raw, preprocessed and results, which its variables have to name.
+        trainer: Name of its trainer.
+        folds: Its folds, each with weights of its own.
+        dataset_json: Its dataset.
+        change: Changes the plans.
+
+    Returns:
+        The model's folder.
+    """
+    import torch
+
+    from gasnet_nnunet import trainers
+
+    made = plans("Dataset501_Tiny", channels=len(dataset_json["channel_names"]))
+    if change:
+        change(made)
+    # nnU-Net tells by the preprocessed cases how they are stored.
+    stored = root / "preprocessed" / made["dataset_name"] / made["configurations"][CONFIGURATION]["data_identifier"]
+    stored.mkdir(parents=True, exist_ok=True)
+    (stored / "case.b2nd").touch()
+    for fold in folds:
+        made["configurations"][CONFIGURATION]["gasnet"]["seed"] = fold
+        trained = getattr(trainers, trainer)(
+            {**json.loads(json.dumps(made)), "continue_training": False},
+            CONFIGURATION,
+            fold,
+            dict(dataset_json),
+            torch.device("cpu"),
+        )
+        trained.initialize()
+        trained.inference_allowed_mirroring_axes = (2,)
+        trained.save_checkpoint(str(Path(trained.output_folder) / "checkpoint_final.pth"))
+    folder = Path(trained.output_folder_base)
+    (folder / "plans.json").write_text(json.dumps(made))
+    (folder / "dataset.json").write_text(json.dumps({**dataset_json, "numTraining": 1}))
+    (folder / "dataset_fingerprint.json").write_text(json.dumps({"spacings": [SPACING]}))
+    assert folder.is_relative_to(root)
+    return folder

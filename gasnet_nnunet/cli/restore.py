@@ -43,6 +43,7 @@ def restore(
     lungs: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Lung masks of your own, named like the cases.")
     ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no HTML reports.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do cases again that are there already.")] = False,
     step_size: Annotated[float, typer.Option("-step_size", help="Step of the sliding window, as in nnU-Net.")] = 0.5,
     disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirroring, as in nnU-Net.")] = False,
@@ -51,7 +52,8 @@ def restore(
     """Find the lesions in new CTs, restore healthy lung in their place, and measure the lesion burden.
 
     For each CT: CASE.nii.gz (the mask, as nnUNetv2_predict makes it), CASE_probability, CASE_restored, CASE_generated,
-    CASE_difference, a DICOM segmentation where the CT is a DICOM series, and a row of burden.csv and burden.json.
+    CASE_difference, a DICOM segmentation where the CT is a DICOM series, a report to look at, and a row of burden.csv
+    and burden.json. report.html lists all cases.
 
     Results that are there are kept; repeat an interrupted command to go on. A CT that cannot be used does not stop the
     others; the exit status is then 1.
@@ -94,6 +96,7 @@ def restore(
         threshold=RESTORE_FROM if threshold is None else threshold,
         restored=wanted,
         mask_only=mask_only,
+        report=not no_report,
         lungs=find_lung_masks(lungs, cases),
         overwrite=overwrite,
     )
