@@ -395,7 +395,7 @@ class _Volume:
                 "whatever is lesion in any of them; the numbers are measured on the whole CT."
             )
         if self.is_hu:
-            notes.append("Grey values are rounded to 10 HU in lung, 5 HU in soft tissue and 21 HU in bone.")
+            notes.append("Grey values are rounded to 10 HU in lung, 4.5 HU in soft tissue and 21 HU in bone.")
         else:
             notes.append("The values of this CT are not HU, so the usual windows mean nothing here.")
         if self.tilt > 5:

@@ -282,7 +282,6 @@ class _CaseWorker:
 
     def _write_report(self, images: Sequence[Any], burden: Mapping[str, Any], warnings: Sequence[str]) -> None:
         ct, mask, restored, difference = images
-        shown = {name: value for name, value in burden.items() if name != "component_ml"}
         write_case_report(
             self._temporary(report_name(self.case.name)),
             case=self.case.name,
@@ -290,7 +289,7 @@ class _CaseWorker:
             mask=mask,
             restored=restored,
             difference=difference,
-            burden=shown,
+            burden=burden,
             model=self.model.description,
             warnings=warnings,
         )
