@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def case_page(open_page: Callable[..., Page], folder: Path) -> Page:
     page = open_page(folder / report_name("many"))
-    page.wait_for_function("document.body.dataset.shown !== undefined")
+    page.locator("body[data-shown]").wait_for()
     return page
 
 
@@ -100,7 +100,7 @@ def changed(page: Page, action: Callable[[], object]) -> set[str]:
     """The panels that an action changes."""
     before, shown = pixels(page), page.evaluate("document.body.dataset.shown")
     action()
-    page.wait_for_function("shown => document.body.dataset.shown !== shown", arg=shown)
+    page.locator(f'body:not([data-shown="{shown}"])').wait_for()
     after = pixels(page)
     return {name for name in PANELS if before[name] != after[name]}
 
@@ -142,7 +142,7 @@ def test_all_panels_scroll_together(case_page: Page) -> None:
     assert place(case_page) == 10
     case_page.keyboard.press("End")
     case_page.keyboard.press("PageDown")
-    case_page.wait_for_function("document.body.dataset.shown.startsWith('11 ')")
+    case_page.locator('body[data-shown^="11 "]').wait_for()
     assert place(case_page) == 12
 
 
@@ -239,7 +239,7 @@ def test_report_without_javascript_shows_a_picture(open_page: Callable[..., Page
 def test_page_follows_the_reader_s_colours_and_prints(open_page: Callable[..., Page], folder: Path) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     page = open_page(folder / report_name("few"), color_scheme="dark")
-    page.wait_for_function("document.body.dataset.shown !== undefined")
+    page.locator("body[data-shown]").wait_for()
     dark = page.evaluate(ground)
     page.emulate_media(media="print")
     assert page.evaluate(ground) == "rgb(255, 255, 255)" != dark
@@ -260,7 +260,7 @@ def test_index_sorts_numbers_as_numbers_and_leads_to_the_reports(open_page: Call
     assert names.all_inner_texts() == ["few", "lost", "many", "none"]
     assert page.locator("th[aria-sort=ascending]").inner_text().startswith("Case")
     page.get_by_role("link", name="many").last.click()
-    page.wait_for_function("document.body.dataset.shown !== undefined")
+    page.locator("body[data-shown]").wait_for()
     assert page.title() == "many"
 
 
