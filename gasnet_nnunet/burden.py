@@ -220,7 +220,7 @@ def _part(lungs: Mask, left: NDArray[np.float64], body: Mask, spacing: list[floa
     if width < SINGLE_LUNG * np.ptp(across):
         return np.full(lungs.shape, int(inside.mean() < (across.min() + across.max()) / 2), np.int64)
     # Grown together: cut where the lungs are thinnest around the middle.
-    edges = np.linspace(inside.min(), inside.max(), max(8, int(width / GRID_MM)) + 1)
+    edges = np.linspace(inside.min(), inside.max(), max(8, int(width / (2 * max(spacing)))) + 1)
     profile = np.histogram(inside, edges)[0].astype(float)
     third = len(profile) // 3
     middle = slice(third, len(profile) - third)

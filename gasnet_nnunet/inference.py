@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from nnunetv2.paths import nnUNet_results
@@ -23,6 +22,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from gasnet_nnunet import __version__
 from gasnet_nnunet.checkpoints import read_checkpoint
@@ -311,20 +311,24 @@ class LoadedModel:
         patch = tuple(self.configuration.patch_size)
         weights = compute_gaussian(patch, value_scaling_factor=10, dtype=torch.float32, device=torch.device("cpu"))
         total = torch.zeros(data.shape[1:])
+        lacking = [max(0, edge - n) for edge, n in zip(patch, total.shape, strict=True)]
+        margins = [(edge // 2, edge - edge // 2) for edge in lacking]
+        unpadded = tuple(slice(low, low + n) for (low, _), n in zip(margins, total.shape, strict=True))
         for generator, window in self._generators:
             low = window.low[:, None, None, None]
             # The lower bound is what pads a patch in training.
-            shifted, unpadded = pad_nd_image(data - low.cpu(), patch, return_slicer=True)
+            shifted = functional.pad(data - low.cpu(), [edge for pair in reversed(margins) for edge in pair])
             painted, weight = torch.zeros(shifted.shape[1:]), torch.zeros(shifted.shape[1:])
             for place in self._places(shifted.shape[1:]):
-                x = window.to_window(shifted[(slice(None), *place)][None].to(self.device) + low)
+                every_channel = (slice(None), *place)
+                x = window.to_window(shifted[every_channel][None].to(self.device) + low)
                 with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
                     generated = generator(x)
                 painted[place] += (
                     normalised_to_hu(window.from_window(generated)[0, 0].cpu(), self.plans.plans) * weights
                 )
                 weight[place] += weights
-            total += (painted / weight)[unpadded[1:]]
+            total += (painted / weight)[unpadded]
         return total / len(self._generators)
 
     def _empty(self, grid: Grid) -> tuple[Volume, NDArray[np.float32]]:
