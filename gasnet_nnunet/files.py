@@ -1,4 +1,4 @@
-"""Files that matter, written whole or not at all."""
+"""Files that matter, read and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gasnet_nnunet.errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file is no readable JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; a JSON object is expected.")
+    return content
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never a part of it."""
+    """Write a text file in UTF-8 so that a reader sees the old or the new content, never a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

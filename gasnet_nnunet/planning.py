@@ -29,12 +29,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, cohort_of_files
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json
+from gasnet_nnunet.files import read_json, write_json
 from gasnet_nnunet.fine_tuning import Origin, read_origin
 from gasnet_nnunet.geometry import Geometry, Patch, Topology, choose_geometry, covering_extent, nnunet_topology
 from gasnet_nnunet.lungs import CaseGeometry
 from gasnet_nnunet.organ_masks import ensure_organ_masks
-from gasnet_nnunet.raw_dataset import Dataset, check_grids, check_measures, find_dataset, measure_dataset, read_json
+from gasnet_nnunet.raw_dataset import Dataset, check_grids, check_measures, find_dataset, measure_dataset
 from gasnet_nnunet.segmenters import SEGMENTERS, apply_segmenter, segmenter_of
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings, load_preset, parse_assignments
 from gasnet_nnunet.splits import check_splits, make_splits, read_fold, write_splits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from pydantic import TypeAdapter
 
 from gasnet_nnunet.cohort import abbreviate, raise_problems
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json
+from gasnet_nnunet.files import read_json, write_json
 from gasnet_nnunet.lungs import CaseGeometry, measure_case
 from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import run_jobs
@@ -176,21 +175,6 @@ def _dataset_name(name_or_id: str) -> str:
         folders = ", ".join(f"{variable}={folder}" for variable, folder in NNUNET_FOLDERS.items())
         raise UserError(f"Expected one dataset of id {name_or_id}, found {which} in {folders}.")
     return found[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: The file is no readable JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no readable JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; a JSON object is expected.")
-    return content
 
 
 def measure_dataset(

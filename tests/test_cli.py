@@ -71,5 +71,5 @@ atexit.register(lambda: print("heavy:", sorted(heavy & set(sys.modules))))
     assert ended.stdout.endswith("heavy: []\n")
     for command in ("doctor", "demo", "convert", "extend", "check", "lungs", "splits", "plan", "study", "compare"):
         assert f" {command} " in ended.stdout
-    for command in ("export", "restore"):
+    for command in ("export", "restore", "report"):
         assert f" {command} " in ended.stdout
