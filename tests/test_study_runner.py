@@ -89,7 +89,7 @@ def run_of(workspace: Workspace, arm: str) -> Run:
 def crashed(folders: Path) -> tuple[Path, set[str], set[str]]:
     """The folder of a study after its command, one arm of which crashes; the user's files before and after."""
     before = listing(folders)
-    with pytest.raises(UserError, match="1 of 3 runs have failed"):
+    with pytest.raises(UserError, match="2 of 3 runs are not done"):
         command(write_study(folders / "files"), out=folders / "out", device="cpu")
     after = listing(folders)
     return folders / "out", before, {name for name in after if not name.startswith(("out/", "files/"))}
@@ -217,6 +217,19 @@ def test_refuses_a_folder_that_holds_something_else(folders: Path, tmp_path: Pat
 def test_refuses_plans_that_are_not_there(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gasnet-nnunet plan -d 501 --name Other"):
         command(write_study(folders / "files", plans="Other"), out=tmp_path / "out", device="cpu")
+
+
+def test_refuses_masks_that_do_not_match_before_any_training(folders: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "truth"
+    small = tiny_dataset.patient("diseased_0").lesion[:-1]
+    tiny_dataset.write_image(small, truth / "diseased_0.nii.gz")
+    name = write_study(tmp_path / "files", test=["diseased_0"], truth=str(truth))
+    with pytest.raises(UserError, match=r"diseased_0\.nii\.gz does not lie on the grid of its scan: size"):
+        command(name, out=tmp_path / "out", device="cpu")
+    assert not list((tmp_path / "out").rglob("*.pth"))
+    tiny_dataset.write_image(tiny_dataset.patient("diseased_0").lesion * 7, truth / "diseased_0.nii.gz")
+    with pytest.raises(UserError, match=r"holds \[7\]"):
+        command(name, out=tmp_path / "out", device="cpu")
 
 
 def test_an_epoch_that_was_run_again_counts_once(tmp_path: Path) -> None:
