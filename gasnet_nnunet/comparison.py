@@ -286,7 +286,7 @@ def _remarks(frames: Mapping[str, pd.DataFrame]) -> list[str]:
         nothing = frame.index[(frame["lesion_ml"] > 0) & (frame["predicted_ml"] == 0)].tolist()
         if nothing:
             remarks.append(
-                f"{model} found nothing in {len(nothing)} cases with lesion ({abbreviate(nothing)}); their HD95 is the "
+                f"{model} found nothing in cases with lesion ({abbreviate(nothing)}); their HD95 is the "
                 "diagonal of the volume."
             )
     any_frame = next(iter(frames.values()))
@@ -351,7 +351,10 @@ def _nested(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, dict[str,
 
 
 def _markdown(result: Comparison, subsets: Mapping[str, Mapping[str, Mapping[str, pd.DataFrame]]]) -> str:
-    parts = [f"# {len(result.frames)} models on {_count(result.frames)}\n", markdown_table(result.frames)]
+    parts = [
+        f"# {len(result.frames)} model{'s' * (len(result.frames) != 1)} on {_count(result.frames)}\n",
+        markdown_table(result.frames),
+    ]
     parts.append("Mean ± standard deviation over the cases with lesion; columns named healthy, over those without.\n")
     parts += [f"- Note: {note}" for note in result.notes] + [""] * bool(result.notes)
     if len(result.differences):
@@ -374,4 +377,4 @@ def _markdown(result: Comparison, subsets: Mapping[str, Mapping[str, Mapping[str
 def _count(frames: Mapping[str, pd.DataFrame]) -> str:
     frame = next(iter(frames.values()))
     healthy = int((frame["lesion_ml"] == 0).sum())
-    return f"{len(frame)} cases ({len(frame) - healthy} with lesion, {healthy} without)"
+    return f"{len(frame)} case{'s' * (len(frame) != 1)} ({len(frame) - healthy} with lesion, {healthy} without)"

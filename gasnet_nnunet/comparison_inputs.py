@@ -205,7 +205,8 @@ def find_cases(
                 f"(looked in {model.folder}). Models are compared on the same cases: predict these too."
             )
     notes = []
-    if spare := [case for case in on_disk if case not in cases]:
+    spare = [case for case in on_disk if case not in cases]
+    if spare and needs_images:
         notes.append(f"{len(spare)} masks in {masks} belong to no case that was compared: {abbreviate(spare)}.")
     found_lungs = {} if lungs is None else files_of_cases(lungs, ending)
     if lungs is not None and not set(found_lungs) & set(cases):

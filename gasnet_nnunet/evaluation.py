@@ -12,7 +12,7 @@ import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
@@ -69,7 +69,8 @@ PAPER_METRICS = ("dice", "sensitivity", "specificity", "false_positive_lung")
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 MODEL_COLOURS = ("#8a8f98", "#c8352c", "#2f6fb7", "#2a9d5c", "#e39a1c")
-CONFUSION_COLOURS = ListedColormap(["#8a5322", "#ffd21f", "#27b34a"])
+CONFUSION_COLOURS = {"found": "#8a5322", "false alarm": "#ffd21f", "missed": "#27b34a"}
+COLOUR_STRENGTH = 0.85
 LEGEND = "brown: found    green: missed    yellow: false alarm"
 LUNG_WINDOW: Window = (-1250.0, 250.0)
 PANELS_IN_A_ROW = 5
@@ -598,12 +599,11 @@ def _draw_overlays(path: Path, rows: Sequence[tuple[_Scan, int]]) -> None:
             aspect = scan.spacing[1] / scan.spacing[0]
             masks = [None, scan.true, *scan.found.values()]
             for axis, mask in zip(axes, masks, strict=True):
-                low, high = scan.window
-                axis.imshow(scan.image[position], cmap="gray", vmin=low, vmax=high, aspect=aspect)
+                found = None if mask is None else mask[position]
+                picture = _picture(scan.image[position], scan.true[position], found, scan.window)
+                axis.imshow(picture, interpolation="nearest", aspect=aspect)
                 axis.set_xticks([])
                 axis.set_yticks([])
-                if mask is not None:
-                    _draw_confusion(axis, mask[position], scan.true[position], aspect)
             for axis, model in zip(axes[2:], scan.found, strict=True):
                 text = scan.label(model)
                 box = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 2}
@@ -615,13 +615,18 @@ def _draw_overlays(path: Path, rows: Sequence[tuple[_Scan, int]]) -> None:
         _save(figure, path)
 
 
-def _draw_confusion(axis: Axes, found: Mask, true: Mask, aspect: float) -> None:
-    kinds = np.select([found & true, found, true], [0, 1, 2], default=-1)
-    shown = np.ma.masked_less(kinds, 0)
-    axis.imshow(shown, cmap=CONFUSION_COLOURS, vmin=0, vmax=2, alpha=0.85, interpolation="nearest", aspect=aspect)
+def _picture(image: NDArray[Any], true: Mask, found: Mask | None, window: Window) -> NDArray[np.float64]:
+    """A slice (Y, X, RGB) with what was found, missed and falsely called lesion on it, or with nothing on it."""
+    grey = np.clip((image.astype(float) - window[0]) / max(window[1] - window[0], 1e-9), 0, 1)
+    picture = np.repeat(grey[..., None], 3, axis=-1)
+    if found is not None:
+        for kind, voxels in (("found", found & true), ("false alarm", found & ~true), ("missed", true & ~found)):
+            colour = np.array(to_rgb(CONFUSION_COLOURS[kind]))
+            picture[voxels] = COLOUR_STRENGTH * colour + (1 - COLOUR_STRENGTH) * picture[voxels]
+    return picture
 
 
 def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
+    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120, pil_kwargs={"compress_level": 3})
     os.replace(temporary, path)

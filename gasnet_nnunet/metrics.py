@@ -56,8 +56,8 @@ def score_case(
 
     Examples:
         >>> score = score_case([[[0, 1, 1, 0]]], [[[0, 0, 1, 1]]])
-        >>> score["dice"], score["sensitivity"], score["specificity"], score["lesion_f1"], score["hd95_mm"]
-        (0.5, 0.5, 0.5, 1.0, 1.0)
+        >>> score["dice"], score["sensitivity"], score["specificity"], score["lesion_f1"]
+        (0.5, 0.5, 0.5, 1.0)
         >>> score_case([[[0, 1]]], [[[0, 0]]])["dice"]
         nan
     """

@@ -29,7 +29,7 @@ def run_jobs(
     *,
     num_processes: int,
     description: str | None = None,
-    starting_seconds: float = STARTING_SECONDS,
+    starting_seconds: float | None = None,
 ) -> list[Result]:
     """Call a function for each job.
 
@@ -40,12 +40,14 @@ def run_jobs(
         jobs: Its arguments.
         num_processes: Processes at work.
         description: Title of the progress bar; none is shown where it is `None` or there is nothing to do.
-        starting_seconds: What it takes to start processes, with all that they import.
+        starting_seconds: What it takes to start processes, with all that they import; `STARTING_SECONDS` if `None`.
 
     Returns:
         The results in the order of the jobs.
     """
-    results = _results(function, jobs, num_processes, starting_seconds)
+    results = _results(
+        function, jobs, num_processes, STARTING_SECONDS if starting_seconds is None else starting_seconds
+    )
     if description is None or not jobs:
         return list(results)
     from rich.progress import track

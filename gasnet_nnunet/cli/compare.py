@@ -146,20 +146,20 @@ def _tell(result: Comparison, console: Console) -> None:
 
     number = len(next(iter(result.frames.values())))
     console.print()
-    console.print(rich_table(result.frames, title=f"{number} cases, mean ± standard deviation"))
+    console.print(rich_table(result.frames, title=f"{number} case{'s' * (number != 1)}, mean ± standard deviation"))
     if len(result.differences):
         text = differences_text(result.differences, result.frames)
         console.print(to_rich(text, title=f"Paired differences from {result.reference}"))
     for column, values in subset_frames(result).items():
         for value, frames in values.items():
             count = len(next(iter(frames.values())))
-            console.print(rich_table(frames, title=f"{column}: {value}, {count} cases"))
+            console.print(rich_table(frames, title=f"{column}: {value}, {count} case{'s' * (count != 1)}"))
     for note in result.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}")
-    times = [
-        f"predicting {escape(name)} took {spent:.0f} s" for name, spent in result.seconds.items() if name != "compare"
-    ]
-    console.print("; ".join([*times, f"comparing took {result.seconds['compare']:.0f} s"]).capitalize() + ".")
+    for name, spent in result.seconds.items():
+        console.print(
+            f"[dim]{'Comparing' if name == 'compare' else f'Predicting {escape(name)}'} took {spent:.0f} s.[/]"
+        )
     console.print("See:")
     for name, what in (
         ("summary.md", "these tables"),
