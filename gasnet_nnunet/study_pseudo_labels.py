@@ -84,4 +84,5 @@ def label_dataset(
 def _shows_lesion(path: Path) -> bool:
     import SimpleITK as sitk
 
-    return bool((sitk.GetArrayViewFromImage(sitk.ReadImage(str(path))) > 0).any())
+    # A copy: a view would outlive its image.
+    return bool((sitk.GetArrayFromImage(sitk.ReadImage(str(path))) > 0).any())

@@ -42,6 +42,9 @@ HEADINGS = (
     "Updates of S",
     "Training, min",
 )
+NOT_IN_TERMINALS = (METRICS["sensitivity"].heading, METRICS["specificity"].heading, "Updates of S")
+REASON_LENGTH = 400
+"""Characters at the end of what a run that failed has said."""
 MOST_COMPARED = 6
 """Arms whose overlays fit beside each other."""
 
@@ -54,13 +57,11 @@ class Report:
         table: For the terminal.
         remarks: A sentence each.
         files: What was written.
-        failed: Number of runs that have failed.
     """
 
     table: Table
     remarks: list[str]
     files: list[Path]
-    failed: int
 
 
 def write_report(workspace: Workspace) -> Report:
@@ -86,12 +87,14 @@ def write_report(workspace: Workspace) -> Report:
     text.append("\n".join(f"- {remark}" for remark in remarks) + "\n")
     files.append(out / "summary.md")
     write_text(files[-1], "\n".join(text))
+    # A terminal is narrow; summary.md has all columns.
+    shown = [position for position, name in enumerate(header) if name not in NOT_IN_TERMINALS]
     table = Table(title=workspace.study.title, title_justify="left")
-    for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left")
+    for position in shown:
+        table.add_column(header[position], justify="right" if position else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    return Report(table, remarks, files, int((runs["state"] == "failed").sum()))
+        table.add_row(*(row[position] for position in shown))
+    return Report(table, remarks, files)
 
 
 def _runs(workspace: Workspace) -> pd.DataFrame:
@@ -205,8 +208,7 @@ def _differences(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame
             table = differences_text(found[found["n"] > 1], frames)
             text.append(
                 f"## Against {first}, {number} mask{'s' if number > 1 else ''}\n\nMean of the differences on the same "
-                "cases, its 95 % interval by bootstrap over the cases, and a signed-rank test.\n\n"
-                + to_markdown(table.set_index("Model"))
+                "cases, its 95 % interval by bootstrap over the cases, and a signed-rank test.\n\n" + to_markdown(table)
             )
     return text
 
@@ -241,7 +243,11 @@ def _remarks(workspace: Workspace, runs: pd.DataFrame) -> list[str]:
     remarks = []
     for _, row in runs[runs["reason"] != ""].iterrows():
         name = f"{row['arm']}/masks{row['masks']}_repeat{row['repeat']}_fold{row['fold']}"
-        remarks.append(f"{name}: {row['state']}: {' '.join(str(row['reason']).split())}")
+        reason = " ".join(str(row["reason"]).split())
+        if len(reason) > REASON_LENGTH:
+            reason = f"... {reason[-REASON_LENGTH:]}"
+        log = f" All of it is in {workspace.out / 'logs' / name}." if row["state"] == "failed" else ""
+        remarks.append(f"{name}: {row['state']}: {reason}{log}")
     times = _times(workspace)
     total = sum(times.values())
     if total:

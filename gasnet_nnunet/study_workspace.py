@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, raise_problems, read_cohort
+from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, declared_labels, raise_problems, read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import run_jobs
@@ -36,6 +36,7 @@ from gasnet_nnunet.raw_dataset import Dataset, find_dataset, read_json
 from gasnet_nnunet.settings import PLANS_KEY
 from gasnet_nnunet.study import Study
 from gasnet_nnunet.study_splits import Deal, make_deals, read_groups
+from gasnet_nnunet.volumes import grid_difference, read_grid
 
 SPLITS = "splits_final.json"
 FOLD_NUMBERS = "folds.json"
@@ -231,6 +232,7 @@ class Workspace:
                     link(image, folder / "images" / f"{case}_{channel:04d}{self.ending}")
                 link(self._truth(case), folder / "masks" / f"{case}{self.ending}")
             self._collect_lungs(folder, cases, num_processes)
+            self._check_test_set(folder, cases, num_processes)
             write_json(marker, {"cases": list(cases)})
         return TestSet(folder, cases)
 
@@ -337,6 +339,26 @@ class Workspace:
             jobs = [(self._images(case)[0], folder / "lungs" / f"{case}{self.ending}", organ) for case in missing]
             results = run_jobs(_write_lungs, jobs, num_processes=num_processes)
             raise_problems([result for result in results if result], "the test cases")
+
+    def _check_test_set(self, folder: Path, cases: Sequence[str], num_processes: int) -> None:
+        """Masks that do not match their scans are better known before a training than after it."""
+        from gasnet_nnunet.evaluation import check_references
+
+        problems = []
+        for case in cases:
+            expected = read_grid(folder / "images" / f"{case}_0000{self.ending}")
+            for part in ("masks", "lungs"):
+                path = folder / part / f"{case}{self.ending}"
+                if path.exists() and (difference := grid_difference(read_grid(path), expected)):
+                    problems.append(f"{path.resolve()} does not lie on the grid of its scan: {difference}.")
+        raise_problems(problems, "the test cases")
+        # The dataset's own labels have been read already.
+        others = [case for case in cases if case in self.truths or case not in self.cohort.cases]
+        check_references(
+            {case: folder / "masks" / f"{case}{self.ending}" for case in others},
+            labels=declared_labels(self.dataset_json).values,
+            num_processes=num_processes,
+        )
 
     def _write_splits(self) -> None:
         """Number the folds, old ones as they were, and write them for nnU-Net."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ import tiny_dataset
 import torch
 
 from gasnet_nnunet.cli.study import study as command
+from gasnet_nnunet.cohort import read_cohort
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.splits import read_fold
 from gasnet_nnunet.study import load_study
 from gasnet_nnunet.study_progress import Estimate
-from gasnet_nnunet.study_runner import WaitingError, record_of, state_of, steps_of, training_seconds
+from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
+from gasnet_nnunet.study_runner import WaitingError, find_script, record_of, state_of, steps_of, training_seconds
 from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
 
 DATASET = "Dataset501_Tiny"
@@ -89,7 +92,7 @@ def run_of(workspace: Workspace, arm: str) -> Run:
 def crashed(folders: Path) -> tuple[Path, set[str], set[str]]:
     """The folder of a study after its command, one arm of which crashes; the user's files before and after."""
     before = listing(folders)
-    with pytest.raises(UserError, match="1 of 3 runs have failed"):
+    with pytest.raises(UserError, match="2 of 3 runs are not done"):
         command(write_study(folders / "files"), out=folders / "out", device="cpu")
     after = listing(folders)
     return folders / "out", before, {name for name in after if not name.startswith(("out/", "files/"))}
@@ -217,6 +220,54 @@ def test_refuses_a_folder_that_holds_something_else(folders: Path, tmp_path: Pat
 def test_refuses_plans_that_are_not_there(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gasnet-nnunet plan -d 501 --name Other"):
         command(write_study(folders / "files", plans="Other"), out=tmp_path / "out", device="cpu")
+
+
+def test_refuses_masks_that_do_not_match_before_any_training(folders: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "truth"
+    small = tiny_dataset.patient("diseased_0").lesion[:-1]
+    tiny_dataset.write_image(small, truth / "diseased_0.nii.gz")
+    name = write_study(tmp_path / "files", test=["diseased_0"], truth=str(truth))
+    with pytest.raises(UserError, match=r"diseased_0\.nii\.gz does not lie on the grid of its scan: size"):
+        command(name, out=tmp_path / "out", device="cpu")
+    assert not list((tmp_path / "out").rglob("*.pth"))
+    tiny_dataset.write_image(tiny_dataset.patient("diseased_0").lesion * 7, truth / "diseased_0.nii.gz")
+    with pytest.raises(UserError, match=r"holds \[7\]"):
+        command(name, out=tmp_path / "out", device="cpu")
+
+
+def test_predictions_become_masks_but_for_empty_ones(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arms = {"rounds": {**ARMS["supervised"], "settings": {"num_epochs": 5}, "pseudo_labels": {"rounds": 2}}}
+    out.mkdir()
+    workspace = open_workspace(load_study(write_study(tmp_path / "files", arms=arms)), out)
+    (run,) = workspace.runs
+    assert [(step.name, step.epochs) for step in steps_of(workspace, run, "cpu") if step.kind == "train"] == [
+        ("train", 1),
+        ("round1_train", 1),
+        ("round2_train", 3),
+    ]
+    folder = out / "pseudo_labels" / "round1"
+    empty, *others = run.deal.diseased
+    for case in run.deal.diseased:
+        tiny_dataset.write_image(
+            tiny_dataset.patient(case).lesion * (case != empty), folder / "predicted" / f"{case}.nii.gz"
+        )
+    command_line = preprocess_command(workspace, "rounds-round1", 1)
+
+    def preprocess(environment: Mapping[str, str]) -> None:
+        program = [find_script(command_line[0]), *command_line[1:]]
+        subprocess.run(program, env={**os.environ, **environment}, check=True, capture_output=True)
+
+    label_dataset(workspace, run, folder, "rounds-round1", preprocess)
+    made = folder / "nnUNet_preprocessed" / DATASET
+    cohort = read_cohort(made / "gt_segmentations", json.loads((made / "dataset.json").read_text()))
+    fold = read_fold(made / "splits_final.json", run.number, cohort)
+    assert set(fold.train) == {*run.deal.train, *others}
+    assert fold.diseased == (empty,)
+    assert set(fold.healthy) == set(run.deal.healthy)
+    data = made / "nnUNetPlans_3d_fullres"
+    assert {path.stem for path in data.glob("*.pkl")} == set(workspace.cohort.cases)
+    assert [path.stem for path in sorted(data.glob("*.pkl")) if not path.is_symlink()] == sorted(others)
 
 
 def test_an_epoch_that_was_run_again_counts_once(tmp_path: Path) -> None:

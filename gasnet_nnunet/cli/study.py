@@ -76,24 +76,26 @@ def study(
 
         for line in submit(workspace, runs, chosen_device):
             console.print(escape(line))
-        again = (
-            f"gasnet-nnunet study {shlex.quote(str(folder / 'study.yaml'))} --out {shlex.quote(str(folder))} --report"
-        )
-        console.print(f"Once they have ended: [bold]{escape(again)}[/]")
+        console.print(f"Once they have ended: [bold]{escape(_again(workspace))} --report[/]")
         return
-    from gasnet_nnunet.study_runner import Runner
+    from gasnet_nnunet.cohort import abbreviate
+    from gasnet_nnunet.study_runner import Runner, state_of
 
     runner = Runner(workspace, chosen_device)
     runner.clock.started = started
+    # As Ctrl-C, so that no command goes on alone.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         _run(runner, runs, console)
     finally:
+        signal.signal(signal.SIGTERM, before)
         runner.note_time()
-    failed = _end(workspace, console)
-    if failed:
+    _end(workspace, console)
+    left = [run.name for run in runs if state_of(workspace, run, chosen_device) != "done"]
+    if left:
         raise UserError(
-            f"{failed} of {len(workspace.runs)} runs have failed, see the table. The same command again tries them "
-            "anew and leaves the others as they are."
+            f"{len(left)} of {len(runs)} runs are not done, see above: {abbreviate(left, LISTED)}. The same command "
+            "again tries them anew and leaves the others as they are."
         )
 
 
@@ -169,8 +171,6 @@ def _run(runner: Runner, runs: list[Run], console: Console) -> None:
     from gasnet_nnunet.study_progress import Estimate, duration
     from gasnet_nnunet.study_runner import record_of, state_of
 
-    # As Ctrl-C, so that no command goes on alone.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     workspace = runner.workspace
     todo = [run for run in runs if state_of(workspace, run, runner.device) != "done"]
     if len(todo) < len(runs):
@@ -198,8 +198,8 @@ def _run(runner: Runner, runs: list[Run], console: Console) -> None:
                 console.print(f"  [red]{escape(str(record['reason']))}[/]")
 
 
-def _end(workspace: Workspace, console: Console) -> int:
-    """Collect, print the table and where the rest is; how many runs have failed."""
+def _end(workspace: Workspace, console: Console) -> None:
+    """Collect, print the table and where the rest is."""
     from gasnet_nnunet.study_report import write_report
 
     result = write_report(workspace)
@@ -209,4 +209,3 @@ def _end(workspace: Workspace, console: Console) -> int:
     console.print("See:")
     for path in result.files:
         console.print(f"  {escape(str(path))}")
-    return result.failed
