@@ -89,13 +89,15 @@ def test_everything_of_a_case_is_written(done: Path) -> None:
     values, restored = sitk.GetArrayFromImage(ct), read(out / "diseased_7_restored.nii.gz")
     probability = read(out / "diseased_7_probability.nii.gz")
     np.testing.assert_array_equal(read(out / "diseased_7_difference.nii.gz"), values - restored)
-    np.testing.assert_array_equal(read(out / "diseased_7.nii.gz") > 0, probability > 0.5)
+    sure = np.abs(probability - 0.5) > 1e-3
+    np.testing.assert_array_equal((read(out / "diseased_7.nii.gz") > 0)[sure], (probability > 0.5)[sure])
     content = json.loads((out / "burden.json").read_text())
     assert content["model"]["Model"] == "GASNetTrainer__nnUNetPlans__3d_fullres"
     burden = content["cases"]["diseased_7"]
     voxel_ml = np.prod(tiny_dataset.SPACING) / 1000
     assert burden["lesion_ml"] == pytest.approx((read(out / "diseased_7.nii.gz") > 0).sum() * voxel_ml)
-    assert burden["lung_ml"] == pytest.approx(tiny_dataset.patient("diseased_7").lung.sum() * voxel_ml, rel=0.6)
+    lung = (tiny_dataset.patient("diseased_7").lung > 0) | (read(out / "diseased_7.nii.gz") > 0)
+    assert burden["lung_ml"] == pytest.approx(lung.sum() * voxel_ml, rel=0.1)
     assert any("lie outside the lungs" in warning for warning in burden["warnings"]), "it learnt nothing"
     with (out / "burden.csv").open() as file:
         rows = list(csv.DictReader(file))
