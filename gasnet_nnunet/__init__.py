@@ -18,7 +18,7 @@ def load_model(
     folder: str | PathLike[str],
     *,
     folds: Sequence[str | int] | None = None,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = "final",
     device: str | None = None,
     step_size: float = 0.5,
     mirroring: bool = True,
@@ -30,7 +30,7 @@ def load_model(
     Args:
         folder: The model's folder, `nnUNet_results/<dataset>/<trainer>__<plans>__<configuration>`.
         folds: Folds to average; `None` for all that have the checkpoint.
-        checkpoint: File name of the checkpoint in each fold.
+        checkpoint: "final", "best", or the checkpoint's file name in each fold.
         device: "cuda", "cpu" or "mps"; `None` for cuda where there is one, else cpu.
         step_size: Step of the sliding window, in shares of the patch.
         mirroring: Mirror S's input along the axes that were trained with, as nnU-Net does.

@@ -38,7 +38,7 @@ class Origin:
         plans: Plans it was trained with.
         configuration: The configuration of these plans, whatever it inherits included.
         dataset_json: Of the dataset it was trained on.
-        weights: Weights of S with its heads.
+        weights: Weights of S with its heads; of its average where S was averaged, because that is what predicts.
         adversary: State of G, D and their optimisers; `None` where the checkpoint holds none.
     """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
-from nnunetv2.paths import nnUNet_results
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
@@ -32,6 +29,7 @@ from gasnet_nnunet.losses import lesion_probability
 from gasnet_nnunet.networks import Generator, Topology, build_generator
 from gasnet_nnunet.resampling import interpolate_slab, resample_logits
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
+from gasnet_nnunet.trained_model import CHECKPOINTS, check_model_folder, load_predictor
 from gasnet_nnunet.volumes import Grid, as_image
 
 RESTORE_FROM = 0.05
@@ -88,7 +86,7 @@ class LoadedModel:
     Args:
         folder: The model's folder, `<trainer>__<plans>__<configuration>`.
         folds: Folds to average; `None` for all that have the checkpoint (but `all` only where there is no other).
-        checkpoint: File name of the checkpoint in each fold.
+        checkpoint: "final", "best", or the checkpoint's file name in each fold.
         device: "cuda", "cpu" or "mps"; `None` for cuda where there is one, else cpu.
         step_size: Step of the sliding window, in shares of the patch.
         mirroring: Mirror S's input along the axes that were trained with, as nnU-Net does.
@@ -102,32 +100,21 @@ class LoadedModel:
         folder: Path,
         *,
         folds: Sequence[str | int] | None = None,
-        checkpoint: str = "checkpoint_final.pth",
+        checkpoint: str = "final",
         device: str | None = None,
         step_size: float = 0.5,
         mirroring: bool = True,
     ) -> None:
         self.folder = folder
-        self.folds = _find_folds(folder, folds, checkpoint)
-        self.checkpoint = checkpoint
+        self.checkpoint = CHECKPOINTS.get(checkpoint, checkpoint)
+        self.folds = _find_folds(folder, folds, self.checkpoint)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not 0 < step_size <= 1:
             raise UserError(f"The step of the sliding window is {step_size:g}; expected above 0 and at most 1.")
-        contents = [read_checkpoint(folder / f"fold_{fold}" / checkpoint) for fold in self.folds]
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # what a CPU cannot do, and where trainers are looked for
-                self._predictor = nnUNetPredictor(
-                    tile_step_size=step_size,
-                    use_mirroring=mirroring,
-                    perform_everything_on_device=self.device.type == "cuda",
-                    device=self.device,
-                    allow_tqdm=False,
-                )
-                self._predictor.initialize_from_trained_model_folder(str(folder), self.folds, checkpoint)
-        # What nnU-Net raises for trainers and architectures it cannot import, and for weights of another network.
-        except (RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"nnU-Net cannot load the model in {folder}: {reason}") from None
+        contents = [read_checkpoint(path) for path in self._files()]
+        self._predictor = load_predictor(
+            folder, self.folds, self.checkpoint, self.device, step_size=step_size, mirroring=mirroring
+        )
         self.plans: PlansManager = self._predictor.plans_manager
         self.configuration = self._predictor.configuration_manager
         self.dataset_json: dict[str, Any] = self._predictor.dataset_json
@@ -135,6 +122,9 @@ class LoadedModel:
         self._check_usable()
         self.settings = _settings(contents[0])
         self._generators, self.no_restoration = self._load_generators(contents)
+
+    def _files(self) -> list[Path]:
+        return [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
 
     def _check_usable(self) -> None:
         if self.configuration.previous_stage_name is not None:
@@ -154,13 +144,13 @@ class LoadedModel:
     ) -> tuple[list[tuple[Generator, IntensityWindow]], str | None]:
         """G of each fold with its window; or none, and why."""
         generators = []
-        for fold, content in zip(self.folds, contents, strict=True):
+        for path, content in zip(self._files(), contents, strict=True):
             state: Any = content
             for key in GENERATOR_PATH:
                 state = state.get(key) or {}
             if not state:
                 return [], (
-                    f"{self.folder / f'fold_{fold}' / self.checkpoint} holds the segmenter alone, as a supervised "
+                    f"{path} holds the segmenter alone, as a supervised "
                     "baseline, an exported model or a model of nnU-Net's own does; what restores a CT is the generator "
                     "of a GASNet training."
                 )
@@ -169,7 +159,13 @@ class LoadedModel:
             assert settings.window is not None
             topology = Topology.from_arch_kwargs(self.configuration.network_arch_init_kwargs)
             generator = build_generator(settings, topology, len(settings.window))
-            generator.load_state_dict(state)
+            try:
+                generator.load_state_dict(state)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(
+                    f"The generator in {path} is not the one that its settings describe: {reason}"
+                ) from None
             window = IntensityWindow(settings.window).to(self.device)
             generators.append((generator.to(self.device).eval(), window))
         scheme = self.configuration.normalization_schemes[0]
@@ -185,10 +181,23 @@ class LoadedModel:
             "Dataset": str(self.plans.plans.get("dataset_name", "")),
             "Folds": ", ".join(str(fold) for fold in self.folds),
             "Checkpoint": self.checkpoint,
+            "Checksum": self._checksum,
+            "Sliding window": f"step {self._predictor.tile_step_size:g}, "
+            + ("mirrored" if self._predictor.use_mirroring else "not mirrored"),
             "Target spacing (mm)": " x ".join(f"{edge:.3g}" for edge in self.configuration.spacing),
             "Patch": " x ".join(str(edge) for edge in self.configuration.patch_size),
             "gasnet_nnunet": __version__,
         }
+
+    @functools.cached_property
+    def _checksum(self) -> str:
+        """Tells trainings apart whose folders have the same name."""
+        digest = hashlib.sha256()
+        for path in self._files():
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return f"sha256 {digest.hexdigest()[:16]}"
 
     def segment(
         self, ct: CT, spacing: Sequence[float] | None = None, *, on_progress: OnProgress | None = None
@@ -393,39 +402,8 @@ class LoadedModel:
         ]
 
 
-def find_model_folder(dataset: str, *, trainer: str, plans: str, configuration: str) -> Path:
-    """The folder of a trained model in nnUNet_results.
-
-    Args:
-        dataset: `501` or `Dataset501_Covid`.
-        trainer: Name of the trainer.
-        plans: Name of the plans.
-        configuration: Name of the configuration.
-
-    Raises:
-        UserError: nnUNet_results is not set or has no such model; the models it has are named.
-    """
-    if not nnUNet_results.is_set():
-        raise UserError("nnUNet_results is not set. Export it, or name the model's folder with -m.")
-    results = Path(nnUNet_results)
-    names = [dataset]
-    if dataset.isdecimal():
-        names = sorted(str(name) for name in find_candidate_datasets(int(dataset)))
-        names = [name for name in names if (results / name).is_dir()]
-    model = convert_trainer_plans_config_to_identifier(trainer, plans, configuration)
-    if len(names) == 1 and (results / names[0] / model).is_dir():
-        return results / names[0] / model
-    there = sorted(path.name for name in names for path in (results / name).glob("*__*__*"))
-    known = f"Models of it: {', '.join(there)}" if there else f"There is no model of {dataset} in {results}"
-    raise UserError(f"There is no trained model {model} of dataset {dataset}. {known}. See -tr, -p and -c, or use -m.")
-
-
 def _find_folds(folder: Path, folds: Sequence[str | int] | None, checkpoint: str) -> list[str]:
-    for name in ("dataset.json", "plans.json"):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has no {name}. Expected the folder of a trained model, <trainer>__<plans>__<configuration>."
-            )
+    check_model_folder(folder)
     there = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}"))
     if not there:
         others = sorted({path.name for path in folder.glob("fold_*/checkpoint_*.pth")})

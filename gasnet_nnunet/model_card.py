@@ -23,6 +23,7 @@ INTENDED_USE = (
 )
 VOLUME_TERMS = (
     "weight_mil",
+    "weight_outside",
     "weight_pseudo",
     "weight_adversarial",
     "weight_generated",
@@ -71,7 +72,7 @@ def model_card(model: TrainedModel, command: str) -> str:
         _versions(model),
         "## What is in here",
         f"`checkpoint_final.pth` of each fold is `{CHECKPOINTS[model.checkpoint]}` of the training, the segmenter's "
-        "weights alone. Left out on purpose: generator, discriminator and "
+        f"weights alone{_averaged(model)}. Left out on purpose: generator, discriminator and "
         "optimisers (training cannot go on from here, `-pretrained_weights` can), logs, pictures, predictions, "
         "post-processing, and the names of cases, patients, machines and folders.",
     ]
@@ -84,6 +85,11 @@ def _summary(model: TrainedModel) -> str:
         f"A segmenter of {', '.join(_labels(model))} in {_channels(model)} for nnU-Net v2, trained by {kind} "
         f"(`{model.trainer}`" + (" of gasnet-nnunet)." if model.settings else ").")
     )
+
+
+def _averaged(model: TrainedModel) -> str:
+    iterations = model.settings.get("averaged_iterations", 1)
+    return f", averaged over about {iterations} iterations" if iterations > 1 else ""
 
 
 def _labels(model: TrainedModel) -> list[str]:
@@ -107,7 +113,7 @@ def _counts(model: TrainedModel, fold: TrainedFold) -> list[str]:
     counts = [str(len(names)) for names in numbers]
     if not _uses_volumes(model):
         counts[1] = f"0 of {counts[1]}"
-        if not model.settings.get("weight_healthy"):
+        if not model.settings.get("weight_healthy") and not model.settings.get("pasted_share"):
             counts[2] = f"0 of {counts[2]}"
     return [str(fold.name), *counts]
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
 from gasnet_nnunet.raw_dataset import read_json
 
@@ -54,15 +53,13 @@ def predict_cases(
     left = [case for case in images if known.get(case) != stamps[case] or not targets[case].is_file()]
     if not left:
         return targets, 0
-    said = io.StringIO()  # nnU-Net tells of every case
-    with contextlib.redirect_stdout(said):
-        predictor = _predictor(model, checkpoints, device)
+    predictor = _predictor(model, checkpoints, device)
     unfinished = folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     done = {case: stamp for case, stamp in known.items() if case not in left}
     for case in _track(left, description):
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells of every case
             predictor.predict_from_files_sequential([[str(path) for path in images[case]]], [str(unfinished / case)])
         os.replace(unfinished / targets[case].name, targets[case])
         done[case] = stamps[case]
@@ -75,23 +72,12 @@ def predict_cases(
 
 def _predictor(model: Path, checkpoints: Sequence[Path], device: str | None) -> Any:
     import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    predictor = nnUNetPredictor(
-        device=torch.device(name), perform_everything_on_device=name == "cuda", allow_tqdm=False
-    )
+    from gasnet_nnunet.trained_model import load_predictor
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folds = [checkpoint.parent.name.removeprefix("fold_") for checkpoint in checkpoints]
-    try:
-        predictor.initialize_from_trained_model_folder(str(model), folds, checkpoints[0].name)
-    # Damaged bytes and missing classes may raise anything at all; the message is what helps.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"nnU-Net cannot predict with {model} ({type(error).__name__}: {reason}). Does nnUNetv2_predict work "
-            "with it?"
-        ) from None
-    return predictor
+    return load_predictor(model, folds, checkpoints[0].name, where)
 
 
 def _track(cases: Sequence[str], description: str | None) -> Iterator[str]:

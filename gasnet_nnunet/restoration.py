@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from gasnet_nnunet.cohort import abbreviate
 from gasnet_nnunet.dataset_conversion.dicom_series import DicomVolume
 from gasnet_nnunet.dicom_seg import label_names, write_dicom_seg
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json, write_text
+from gasnet_nnunet.files import read_json, write_json, write_text
 from gasnet_nnunet.inference import RESTORE_FROM, LoadedModel, Restoration, Segmentation
 from gasnet_nnunet.inspection import UNLIKE_SPACINGS
 from gasnet_nnunet.lung_masks import USUAL_ML
@@ -36,6 +35,10 @@ NETWORK_SHARE = 0.7
 RESTORED = ("restored", "generated", "difference")
 """Volumes that need G."""
 BURDEN_FILE = "burden.json"
+THRESHOLD = "Restored from M^"
+"""What `burden.json` calls the threshold."""
+MASKS_FILE = "masks.json"
+"""What masks that were made alone are of."""
 INDEX_FILE = "report.html"
 IMPLAUSIBLE_PERCENT = 60.0
 """Share of the lungs from which on a mask is doubted."""
@@ -115,10 +118,21 @@ def restore_cases(
             worker = _CaseWorker(model, case, out, options, partial(_within, advance, number))
             outcomes.append(worker.run(ledger))
         advance(len(cases), None)
-    if options.report and not options.mask_only:
-        rows = [IndexRow(one.case, one.burden or {}, one.warnings, one.problem or None) for one in outcomes]
-        write_index(out / INDEX_FILE, rows)
     return outcomes
+
+
+def write_overview(out: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write the index page over these cases and those that were done earlier in the same folder.
+
+    Args:
+        out: The folder.
+        outcomes: What became of the cases of this run.
+    """
+    ledger = out / BURDEN_FILE
+    entries = read_json(ledger)["cases"] if ledger.is_file() else {}
+    earlier = [_kept(case, entry) for case, entry in entries.items() if case not in {one.case for one in outcomes}]
+    rows = [IndexRow(one.case, one.burden or {}, one.warnings, one.problem or None) for one in (*outcomes, *earlier)]
+    write_index(out / INDEX_FILE, rows)
 
 
 def _within(advance: Callable[[float, str | None], None], number: int, done: float) -> None:
@@ -184,11 +198,12 @@ class _CaseWorker:
         try:
             burden, warnings, problem = self._make()
             self._rename()
-            if burden is not None:
-                ledger.add(self.case.name, burden, warnings, problem)
-        # Besides a user's mistakes: full disks and memory (torch's own is a RuntimeError).
-        except (UserError, OSError, RuntimeError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            ledger.add(self.case.name, burden or {}, warnings, problem)
+        # Besides a user's mistakes, full disks and memory: an odd CT may break nnU-Net or a writer in any way.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            if not isinstance(error, UserError):
+                reason = f"{type(error).__name__}: {reason}"
             if isinstance(error, OSError) and error.strerror:
                 reason = f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
             return Outcome(self.case.name, "failed", problem=f"{self.case.name}: {reason}")
@@ -350,7 +365,7 @@ def training_spacings(model: LoadedModel) -> tuple[NDArray[np.float64], NDArray[
     path = model.folder / "dataset_fingerprint.json"
     spacings: Any = None
     if path.is_file():
-        spacings = json.loads(path.read_text(encoding="utf-8")).get("spacings")
+        spacings = read_json(path).get("spacings")
     if not spacings:
         median = model.plans.plans["original_median_spacing_after_transp"]
         spacings = [[median[axis] for axis in model.plans.transpose_backward]]
@@ -362,43 +377,60 @@ def training_spacings(model: LoadedModel) -> tuple[NDArray[np.float64], NDArray[
 
 
 class _Ledger:
-    """`burden.json` and `burden.csv`, which grow case by case."""
+    """`burden.json` and `burden.csv`, or `masks.json` where masks are all there is; they grow case by case."""
 
     def __init__(self, out: Path, model: LoadedModel, options: Options) -> None:
-        self._path = out / BURDEN_FILE
-        self._used = not options.mask_only
-        self.model = {**model.description, "Restored from M^": f"{options.threshold:g}"}
+        self._path = out / (MASKS_FILE if options.mask_only else BURDEN_FILE)
+        self._mask_only = options.mask_only
+        self._masks: set[str] = set()
+        self.model = dict(model.description)
+        if not options.mask_only:
+            self.model[THRESHOLD] = f"{options.threshold:g}"
         self.cases: dict[str, dict[str, Any]] = {}
         out.mkdir(parents=True, exist_ok=True)
-        if not self._path.is_file() or not self._used:
-            return
+        for path in (out / BURDEN_FILE, out / MASKS_FILE):
+            if path.is_file():
+                self._take(path, overwrite=options.overwrite)
+
+    def _take(self, path: Path, *, overwrite: bool) -> None:
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-            before, cases = content["model"], content["cases"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self._path} is damaged. Move it away, or add --overwrite.") from None
+            content = read_json(path)
+            before, cases = dict(content["model"]), dict(content["cases"])
+        except (UserError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged. Move it away, or repeat in another folder.") from None
         differences = [name for name in {**before, **self.model} if before.get(name) != self.model.get(name)]
+        # A mask does not depend on it.
+        if path != self._path or self._mask_only:
+            differences = [name for name in differences if name != THRESHOLD]
         if not differences:
-            self.cases = cases
-        elif not options.overwrite:
+            self._masks |= set(cases)
+            if path == self._path:
+                self.cases = cases
+        elif not overwrite or path != self._path:
             name = differences[0]
+            advice = ", or add --overwrite" if path == self._path else ""
             raise UserError(
-                f"{out} holds results of another model ({name}: {before.get(name)} then, {self.model.get(name)} now). "
-                "Choose another folder, or add --overwrite."
+                f"{path.parent} holds results of another model ({name}: {before.get(name)} then, "
+                f"{self.model.get(name)} now). Choose another folder{advice}."
             )
 
     def has(self, case: str) -> bool:
-        return not self._used or case in self.cases
+        return case in (self._masks if self._mask_only else self.cases)
 
     def outcome(self, case: str) -> Outcome:
-        entry = dict(self.cases.get(case, {}))
-        warnings, problem = tuple(entry.pop("warnings", ())), entry.pop("problem", "")
-        return Outcome(case, "kept", entry or None, warnings, problem)
+        return _kept(case, self.cases.get(case, {}))
 
     def add(self, case: str, burden: Mapping[str, Any], warnings: Sequence[str], problem: str) -> None:
         self.cases[case] = {**burden, "warnings": list(warnings), "problem": problem}
         write_json(self._path, {"model": self.model, "cases": dict(sorted(self.cases.items()))})
-        write_text(self._path.with_suffix(".csv"), burden_csv(self.cases))
+        if not self._mask_only:
+            write_text(self._path.with_suffix(".csv"), burden_csv(self.cases))
+
+
+def _kept(case: str, entry: Mapping[str, Any]) -> Outcome:
+    """A case as `burden.json` has it."""
+    burden = {name: value for name, value in entry.items() if name not in ("warnings", "problem")}
+    return Outcome(case, "kept", burden or None, tuple(entry.get("warnings", ())), entry.get("problem", ""))
 
 
 def burden_csv(cases: Mapping[str, Mapping[str, Any]]) -> str:

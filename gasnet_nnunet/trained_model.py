@@ -37,7 +37,7 @@ class TrainedFold:
     Args:
         name: Its number, or `all`.
         folder: Where it lies.
-        weights: Weights of S, nothing else.
+        weights: Weights of S, nothing else; of its average where S was averaged, because that is what predicts.
         mirroring_axes: Axes that nnU-Net mirrors at test time; `None` for none.
         epochs: Epochs that the checkpoint was trained for.
         cases: The cases it was trained on, where the training left a record.
@@ -146,11 +146,7 @@ def read_model(folder: Path, *, folds: Sequence[str] = (), checkpoint: str = "fi
     """
     if checkpoint not in CHECKPOINTS:
         raise UserError(f"The checkpoint is '{checkpoint}'; expected {' or '.join(CHECKPOINTS)}.")
-    for name in ("plans.json", "dataset.json"):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has no {name}. A model's folder is <trainer>__<plans>__<configuration> in nnUNet_results."
-            )
+    check_model_folder(folder)
     plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     read: list[TrainedFold] = []
     origins: list[tuple[str, str]] = []
@@ -176,8 +172,27 @@ def read_model(folder: Path, *, folds: Sequence[str] = (), checkpoint: str = "fi
     return TrainedModel(folder, plans, dataset_json, configuration, trainer, checkpoint, tuple(read))
 
 
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that nnU-Net trained no model in.
+
+    Raises:
+        UserError: It lacks plans.json or dataset.json.
+    """
+    for name in ("plans.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}. A model's folder is <trainer>__<plans>__<configuration> in nnUNet_results."
+            )
+
+
 def load_predictor(
-    folder: Path, folds: Sequence[int | str], checkpoint_name: str, device: torch.device
+    folder: Path,
+    folds: Sequence[int | str],
+    checkpoint_name: str,
+    device: torch.device,
+    *,
+    step_size: float = 0.5,
+    mirroring: bool = True,
 ) -> nnUNetPredictor:
     """nnU-Net's predictor of a model, with everything that it prints left out.
 
@@ -186,6 +201,8 @@ def load_predictor(
         folds: Its folds.
         checkpoint_name: Name of the checkpoint file in each.
         device: Where to predict.
+        step_size: Step of the sliding window, in shares of the patch.
+        mirroring: Mirror the input along the axes that were trained with.
 
     Raises:
         UserError: nnU-Net does not find the trainer or the network, or the weights do not fit the plans.
@@ -193,7 +210,11 @@ def load_predictor(
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             predictor = nnUNetPredictor(
-                device=device, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
+                tile_step_size=step_size,
+                use_mirroring=mirroring,
+                device=device,
+                perform_everything_on_device=device.type == "cuda",
+                allow_tqdm=False,
             )
             predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint_name)
     # Plans name classes to import, so that whatever these raise comes out here.

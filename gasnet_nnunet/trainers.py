@@ -437,6 +437,10 @@ class GASNetTrainer(nnUNetTrainer):
         if self.settings.init_from is not None and not self._restored:
             with _one_sentence():
                 self._start_from(self.settings.init_from)
+        assert self.gasnet_step is not None
+        if self.gasnet_step.average is not None and not self._restored:
+            # By init_from or -pretrained_weights S is another one than it was made.
+            self.gasnet_step.average.module.load_state_dict(plain_module(self.network).state_dict())
         cases = self._fold_cases()
         assert self._cohort is not None
         self.print_to_log_file(self._cohort.report(), add_timestamp=False)
@@ -457,7 +461,6 @@ class GASNetTrainer(nnUNetTrainer):
         self.print_to_log_file(self.adversary)
         with _one_sentence():
             self._reader = VolumeReader(self._open_dataset(None), self._organ_masks(), self.window.low.tolist())
-        assert self.gasnet_step is not None
         diseased, healthy = self._watched_cases()
         self.watch = Watch(
             self._reader,

@@ -79,8 +79,8 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     made = Trained(root)
     raw, preprocessed = root / "raw" / DATASET, root / "preprocessed" / DATASET
     tiny_dataset.write_raw(raw, tiny_dataset.names(1, 3, 3))
-    # After one iteration the network's masks are neither empty nor full.
-    settings = {**tiny_dataset.SETTINGS, "num_epochs": 1, "iterations_per_epoch": 1}
+    # After two iterations the network's masks are neither empty nor full, and its average is another network.
+    settings = {**tiny_dataset.SETTINGS, "num_epochs": 1, "iterations_per_epoch": 2, "averaged_iterations": 4}
     plans = tiny_dataset.plans(DATASET, settings=settings)
     tiny_dataset.preprocess(raw, preprocessed, plans)
     with pytest.MonkeyPatch.context() as patch:
@@ -189,6 +189,8 @@ def test_checkpoint_is_the_segmenter_under_nnunets_name(trained: Trained, out: P
     assert stock["inference_allowed_mirroring_axes"] == ours["inference_allowed_mirroring_axes"] == (2,)
     assert stock["network_weights"].keys() == ours["network_weights"].keys()
     assert all(torch.equal(stock["network_weights"][name], w) for name, w in ours["network_weights"].items())
+    goes_on = ours["gasnet"]["segmenter"]["encoder.stages.0.0.convs.0.conv.weight"]
+    assert not torch.equal(stock["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"], goes_on), "the average"
     size = sum(w.nbytes for w in {w.data_ptr(): w for w in stock["network_weights"].values()}.values())
     file = zipfile.ZipFile(out / "model.zip").getinfo(f"{EXPORTED}/fold_0/checkpoint_final.pth")
     assert file.file_size < size + 100_000  # no room for G and D
@@ -262,6 +264,7 @@ def test_card_tells_what_the_model_learned_from(trained: Trained) -> None:
         "| 0 | 1 of 1 | 1 | 100.00 % |",
         "on held-out volumes without a mask",
         "discriminator_steps = 1",
+        "the segmenter's weights alone, averaged over about 4 iterations",
         "mirror_axes = [2]",
         f"Trained with torch {torch.__version__}",
         "nnUNetv2_install_pretrained_model_from_zip model.zip",

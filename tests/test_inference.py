@@ -19,9 +19,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 import gasnet_nnunet
 from gasnet_nnunet import resampling
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.inference import LoadedModel, find_model_folder
+from gasnet_nnunet.inference import LoadedModel
 from gasnet_nnunet.intensity import normalised_to_hu
 from gasnet_nnunet.resampling import interpolate_slab, resample_logits, slabs
+from gasnet_nnunet.trained_model import find_model_folder
 
 TILTED = (0.96, -0.28, 0.0, 0.28, 0.96, 0.0, 0.0, 0.0, 1.0)
 """A patient who lies on one side a little."""
@@ -34,11 +35,22 @@ def use_folders(environment: pytest.MonkeyPatch, folder: Path) -> Path:
     return folder
 
 
+def averaged(plans: dict[str, Any]) -> None:
+    """Settings by which the checkpoint's `network_weights` hold the average of S."""
+    plans["configurations"][tiny_dataset.CONFIGURATION]["gasnet"]["averaged_iterations"] = 4
+
+
 @pytest.fixture(scope="module")
 def two_folds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as environment:
         root = use_folders(environment, tmp_path_factory.mktemp("two"))
-        return tiny_dataset.write_model(root, folds=(0, 1))
+        folder = tiny_dataset.write_model(root, folds=(0, 1), change=averaged)
+    for path in folder.glob("fold_*/*.pth"):
+        content = torch.load(path, weights_only=False)
+        for weight in content["gasnet"]["segmenter"].values():
+            weight.zero_()  # what went on training predicts nothing
+        torch.save(content, path)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -243,19 +255,24 @@ def test_models_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytest
         "501", trainer="GASNetTrainer", plans="nnUNetPlans", configuration=tiny_dataset.CONFIGURATION
     )
     assert found == folder
-    with pytest.raises(UserError, match="Models of it: GASNetTrainer__nnUNetPlans__3d_fullres"):
+    with pytest.raises(UserError, match="it has GASNetTrainer__nnUNetPlans__3d_fullres"):
         find_model_folder("501", trainer="nnUNetTrainer", plans="nnUNetPlans", configuration="3d_fullres")
     with pytest.raises(UserError, match=r"no checkpoint_final.pth of fold 3; of these it has one: 0"):
         LoadedModel(folder, folds=[3])
     with pytest.raises(UserError, match=r"No fold of .* has a checkpoint_best.pth; it has checkpoint_final.pth"):
         LoadedModel(folder, checkpoint="checkpoint_best.pth")
-    with pytest.raises(UserError, match=r"has no dataset.json"):
+    with pytest.raises(UserError, match=r"has no plans.json"):
         LoadedModel(tmp_path)
     checkpoint = folder / "fold_0" / "checkpoint_final.pth"
     whole = checkpoint.read_bytes()
     content = torch.load(checkpoint, weights_only=False)
     torch.save({**content, "trainer_name": "nnUNetTrainerOfSomebody"}, checkpoint)
-    with pytest.raises(UserError, match=r"nnU-Net cannot load the model in .*nnUNetTrainerOfSomebody"):
+    with pytest.raises(UserError, match=r"nnU-Net cannot load .*nnUNetTrainerOfSomebody"):
+        LoadedModel(folder)
+    for values in content["gasnet"]["adversary"]["generator"].values():
+        values.resize_(0)
+    torch.save(content, checkpoint)
+    with pytest.raises(UserError, match=r"The generator in .*checkpoint_final.pth is not the one"):
         LoadedModel(folder)
     checkpoint.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"checkpoint_final.pth cannot be read .*truncated"):

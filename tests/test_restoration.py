@@ -16,6 +16,7 @@ import pytest
 import SimpleITK as sitk
 import tiny_dataset
 import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from test_dicom import write_series
 from test_inference import use_folders
 from typer.testing import CliRunner
@@ -130,6 +131,52 @@ def test_results_of_another_model_are_not_mixed(copied: Path, model: Path) -> No
     assert (before != read(copied / "out" / "diseased_7_restored.nii.gz")).any()
 
 
+def test_masks_alone_are_not_mixed_either(copied: Path, model: Path, tmp_path: Path) -> None:
+    """A training under the same name is another model, and its checkpoint tells."""
+    out, masks, case = copied / "out", tmp_path / "masks", copied / "in" / "healthy_7.nrrd"
+    again = shutil.copytree(model, tmp_path / "again" / model.name)
+    content = torch.load(again / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    torch.save({**content, "current_epoch": 7}, again / "fold_0" / "checkpoint_final.pth")
+    assert "1 kept" in run("-i", case, "-o", out, "-m", model, "--mask-only")[1]
+    before = (out / "healthy_7.nii.gz").stat().st_mtime_ns
+    for words in ((), ("--mask-only",), ("--mask-only", "--overwrite")):
+        assert "results of another model (Checksum: sha256" in run("-i", case, "-o", out, "-m", again, *words)[0]
+    assert (out / "healthy_7.nii.gz").stat().st_mtime_ns == before
+    for state in ("1 done", "0 done, 1 kept"):
+        assert state in run("-i", case, "-o", masks, "-m", model, "--mask-only")[1]
+    assert "another model" in run("-i", case, "-o", masks, "-m", again, "--mask-only")[0]
+    assert "1 done" in run("-i", case, "-o", masks, "-m", again, "--mask-only", "--overwrite")[1]
+
+
+def test_index_lists_what_was_done_before_and_a_lost_one_is_told(copied: Path, model: Path) -> None:
+    out = copied / "out"
+    command = ("-i", copied / "in" / "healthy_7.nrrd", "-o", out, "-m", model)
+    assert run(*command)[0] == ""
+    assert all(f"{case}_report.html" in (out / "report.html").read_text() for case in ("diseased_7", "healthy_7"))
+    (out / "report.html").unlink()
+    (out / "report.html").mkdir()
+    problem, printed = run(*command)
+    assert "report.html cannot be written: Is a directory" in problem
+    assert "0 done, 1 kept, 0 failed." in printed
+
+
+def test_what_breaks_nnunet_does_not_stop_the_others(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ct(tmp_path / "in" / "odd.nii.gz", values=tiny_dataset.patient("diseased_7").ct[:5])
+    write_ct(tmp_path / "in" / "ok.nii.gz")
+    preprocess = DefaultPreprocessor.run_case_npy
+
+    def break_down(self: Any, data: Any, *arguments: Any) -> Any:
+        return 1 / 0 if data.shape[1] == 5 else preprocess(self, data, *arguments)
+
+    monkeypatch.setattr(DefaultPreprocessor, "run_case_npy", break_down)
+    problem, printed = run("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", model, "--mask-only")
+    assert problem == "odd: ZeroDivisionError: division by zero"
+    assert "1 done, 0 kept, 1 failed (odd)." in printed
+    assert names(tmp_path / "out") == {"ok.nii.gz", "masks.json"}
+
+
 def test_broken_cts_do_not_stop_the_others(model: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     ct = tiny_dataset.patient("diseased_7").ct
@@ -188,7 +235,7 @@ def test_lung_masks_of_the_user_win(model: Path, tmp_path: Path) -> None:
 
 def test_masks_alone(model: Path, done: Path, tmp_path: Path) -> None:
     assert run("-i", done / "in", "-o", tmp_path / "out", "-m", model, "--mask-only")[0] == ""
-    assert names(tmp_path / "out") == {"diseased_7.nii.gz", "healthy_7.nii.gz"}
+    assert names(tmp_path / "out") == {"diseased_7.nii.gz", "healthy_7.nii.gz", "masks.json"}
     np.testing.assert_array_equal(read(tmp_path / "out" / "healthy_7.nii.gz"), read(done / "out" / "healthy_7.nii.gz"))
 
 

@@ -822,6 +822,14 @@ def test_fine_tuning_starts_from_all_three_networks_with_fresh_optimisers(fine_t
     assert not torch.equal(weights(trainer.network), weights(finished.trainer.network))
 
 
+def test_average_of_a_fine_tuned_s_begins_as_what_was_loaded(fine_tuned: Make, finished: Finished) -> None:
+    """It teaches before the first update, so that S as it was made must not be left in it."""
+    trainer = fine_tuned(averaged_iterations=4, pseudo_start=0.0)
+    trainer.on_train_start()
+    loaded = finished.checkpoint("final")["network_weights"]
+    assert_same(dict(trainer.gasnet_step.average.module.state_dict()), dict(loaded))
+
+
 def test_weights_are_loaded_once(fine_tuned: Make, tmp_path: Path) -> None:
     """A continued training goes on from its own weights, even where the first model is gone."""
     first = fine_tuned()

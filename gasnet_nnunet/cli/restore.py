@@ -31,7 +31,9 @@ def restore(
     folds: Annotated[
         list[str] | None, typer.Option("-f", help="Folds to average, several at once. All that are trained.")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("-chk", help="The checkpoint's file name.")] = "checkpoint_final.pth",
+    checkpoint: Annotated[
+        str, typer.Option("-chk", help="Which checkpoint of each fold: final, best or a file's name.")
+    ] = "final",
     threshold: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Lesion probability from which on a voxel is restored."),
@@ -72,9 +74,10 @@ def restore(
         import torch
 
         from gasnet_nnunet.cohort import raise_problems
-        from gasnet_nnunet.inference import RESTORE_FROM, LoadedModel, find_model_folder
+        from gasnet_nnunet.inference import RESTORE_FROM, LoadedModel
         from gasnet_nnunet.new_cts import find_cases, find_lung_masks
-        from gasnet_nnunet.restoration import Options, restore_cases, summary
+        from gasnet_nnunet.restoration import INDEX_FILE, Options, restore_cases, summary, write_overview
+        from gasnet_nnunet.trained_model import find_model_folder
 
         if device in (None, "cpu") and not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(os.cpu_count() or 1)  # as nnU-Net's commands do
@@ -120,4 +123,9 @@ def restore(
         problems.append(
             f"Nothing was restored: {model.no_restoration} Say --no-restored to have masks and burden alone."
         )
+    if options.report and not mask_only:
+        try:
+            write_overview(out, outcomes)
+        except OSError as error:
+            problems.append(f"{out / INDEX_FILE} cannot be written: {error.strerror}. The cases are as said above.")
     raise_problems(problems, "the CTs")
