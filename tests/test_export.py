@@ -284,7 +284,8 @@ def test_card_of_other_trainings(trained: Trained) -> None:
     (trained.model / "fold_1" / "gasnet_progress.csv").write_text("epoch,M_he")
     plans = json.loads((trained.model / "plans.json").read_text())
     settings = plans["configurations"]["3d_fullres"]["gasnet"]
-    settings |= {name: 0.0 for name in settings if name.startswith("weight_")} | {"weight_labelled": 1.0}
+    settings |= {name: 0.0 for name in settings if name.startswith("weight_")}
+    settings |= {"weight_labelled": 1.0, "pasted_share": 0.0}
     trained.change("plans.json", plans)
     card = model_card(read_model(trained.model), "")
     for words in (
@@ -296,6 +297,9 @@ def test_card_of_other_trainings(trained: Trained) -> None:
     ):
         assert words in card
     assert "same mask" not in card
+    settings["pasted_share"] = 0.5
+    trained.change("plans.json", plans)
+    assert "| 0 | 2 | 0 of 1 | 1 | 1 | 0 | 0 |" in model_card(read_model(trained.model), ""), "lesions in healthy lungs"
 
 
 def test_best_checkpoint_takes_the_final_ones_name_but_not_its_score(trained: Trained, out: Path) -> None:
