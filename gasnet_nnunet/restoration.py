@@ -297,6 +297,7 @@ class _CaseWorker:
 
     def _write_report(self, images: Sequence[Any], burden: Mapping[str, Any], warnings: Sequence[str]) -> None:
         ct, mask, restored, difference = images
+        threshold = {} if restored is None else {THRESHOLD: f"{self.options.threshold:g}"}
         write_case_report(
             self._temporary(report_name(self.case.name)),
             case=self.case.name,
@@ -305,7 +306,7 @@ class _CaseWorker:
             restored=restored,
             difference=difference,
             burden=burden,
-            model=self.model.description,
+            model={**self.model.description, **threshold},
             warnings=warnings,
         )
 

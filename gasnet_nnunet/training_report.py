@@ -80,14 +80,17 @@ def write_training_report(folder: Path, out: Path | None = None, *, preset: str 
         The page.
 
     Raises:
-        UserError: The folder is not nnU-Net's, or it was trained by another trainer than ours; an unknown preset.
+        UserError: The folder is not nnU-Net's, or it was trained by another trainer than ours; an unknown preset; no
+            place for the page.
     """
+    path = out or folder / "report.html"
+    if path.is_dir() or (out is not None and not path.parent.is_dir()):
+        raise UserError(f"No page can be written to {path}; expected the name of a file in a folder that exists.")
     model, folds = _find_folds(folder)
     plans, dataset = read_json(model / "plans.json"), read_json(model / "dataset.json")
     trainer, _, configuration = _names(model)
     presets = [load_preset(name) for name in ([preset] if preset else preset_names())]
     sections = [_section(fold, plans, dataset, trainer, configuration, presets) for fold in folds]
-    path = out or folder / "report.html"
     title = f"{plans['dataset_name']}: {trainer}, {configuration}"
     facts = _plan_facts(plans, configuration)
     write_page(path, "training.html", title=title, model=model.name, facts=facts, folds=sections)

@@ -105,6 +105,9 @@ def test_everything_of_a_case_is_written(done: Path) -> None:
     assert [row["case"] for row in rows] == ["diseased_7", "healthy_7"]
     assert float(rows[0]["lesion_ml"]) == pytest.approx(burden["lesion_ml"], abs=1e-4)
     assert "diseased_7_report.html" in (out / "report.html").read_text()
+    page = (out / "diseased_7_report.html").read_text()
+    for name, value in {**content["model"], "Restored from M^": "0.05"}.items():
+        assert f'<th scope="row">{name}</th><td class="left">{value}</td>' in page
 
 
 def test_what_is_there_is_kept(copied: Path, model: Path) -> None:
@@ -324,6 +327,7 @@ def test_mistakes_are_refused_before_any_work(model: Path, tmp_path: Path) -> No
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     assert "may be truncated" in run("-i", tmp_path / "in", "-o", out, "-m", broken)[0]
     assert not out.exists() or not names(out)
+    assert "a file; expected a folder" in run("-i", tmp_path / "in", "-o", tmp_path / "in/a.nii.gz", "-m", model)[0]
 
 
 def test_unusual_cts_are_warned_of(model: Path, tmp_path: Path) -> None:

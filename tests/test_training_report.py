@@ -223,3 +223,6 @@ def test_other_folders_are_refused(fold: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="trained by nnUNetTrainer"):
             write_training_report(folder)
     assert not list(tmp_path.rglob("report.html"))
+    for place in (tmp_path, tmp_path / "nowhere" / "page.html"):
+        with pytest.raises(UserError, match="No page can be written"):
+            write_training_report(fold, place)

@@ -69,6 +69,8 @@ def restore(
         raise UserError(f"-device is '{device}'; expected {', '.join(DEVICES)}.")
     if out.resolve() == source.resolve():
         raise UserError("-o is the folder of the CTs (-i). Choose another one, or results would be taken for CTs.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"-o is {out}, a file; expected a folder for the results.")
     console = Console(highlight=False, soft_wrap=True)
     with console.status("Loading nnU-Net"):
         import torch
