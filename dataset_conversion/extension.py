@@ -11,8 +11,8 @@ from typing import Any
 
 from gasnet_nnunet.cohort import Kind, abbreviate, declared_labels, raise_problems
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json
-from gasnet_nnunet.raw_dataset import Dataset, read_json
+from gasnet_nnunet.files import read_json, write_json
+from gasnet_nnunet.raw_dataset import Dataset
 
 from .conversion import WriteJob, convert_cases, write_constant_labels
 from .examination import Record, duplicates, not_hounsfield

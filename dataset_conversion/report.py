@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -13,20 +11,12 @@ from typing import Any
 import pandas as pd
 
 from gasnet_nnunet.files import write_json
+from gasnet_nnunet.pages import inline, write_page
 
 from .examination import Record
 from .sources import Source
 
 REPORT_FILES = ("conversion_report.html", "conversion_report.json")
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-table { border-collapse: collapse; } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-.cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(175px, 1fr)); gap: 14px; }
-figure { margin: 0; font-size: 12px; overflow-wrap: anywhere; } figure img { width: 160px; display: block; }
-.odd { color: #a33; } .plot { max-width: 100%; }
-"""
 
 
 def case_rows(sources: Sequence[Source], records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -78,28 +68,17 @@ def write_report(
     counts = cases["kind"].value_counts().to_dict()
     content = {"dataset": name, "counts": counts, "remarks": list(remarks), "oddities": dict(odd), "cases": rows}
     write_json(folder / REPORT_FILES[1], content)
-    parts = [
-        f"<h1>{html.escape(name)}</h1>",
-        "<p>" + ", ".join(f"{number} {kind}" for kind, number in counts.items()) + "</p>",
-        _list("Notes", remarks),
-        _list("Odd", [f"{number} x {oddity}: {_cases_with(cases, oddity)}" for oddity, number in odd.most_common()]),
-        "<h2>Distributions</h2>",
-        _figures(cases),
-        _summary(cases),
-        "<h2>Cases</h2><p>The slice with most lesion (outlined), or else with most lung.</p>",
-        '<div class="cases">',
-        *(_case(folder, source, row) for source, row in zip(sources, rows, strict=True)),
-        "</div>",
-    ]
-    page = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'
-    page += f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    (folder / REPORT_FILES[0]).write_text(page, encoding="utf-8")
-
-
-def _list(title: str, items: Sequence[str]) -> str:
-    if not items:
-        return ""
-    return f"<h2>{title}</h2><ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
+    write_page(
+        folder / REPORT_FILES[0],
+        "conversion.html",
+        title=name,
+        counts=counts,
+        remarks=remarks,
+        odd=[f"{number} x {oddity}: {_cases_with(cases, oddity)}" for oddity, number in odd.most_common()],
+        figures=_figures(cases),
+        summary=_summary(cases),
+        cases=[_case(folder, source, row) for source, row in zip(sources, rows, strict=True)],
+    )
 
 
 def _cases_with(cases: pd.DataFrame, oddity: str, limit: int = 8) -> str:
@@ -145,22 +124,13 @@ def _figures(cases: pd.DataFrame) -> str:
     figure.axes[0].legend(fontsize=8)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=80)
-    return f'<img class="plot" alt="distributions" src="{_inline(buffer.getvalue())}">'
+    return inline(buffer.getvalue())
 
 
-def _case(folder: Path, source: Source, row: dict[str, Any]) -> str:
+def _case(folder: Path, source: Source, row: dict[str, Any]) -> dict[str, str]:
     picture = folder / "records" / ("Tr" if source.kind else "Ts") / f"{source.case}.png"
-    lesion = sum(row["lesion_ml"].values())
     facts = [row["kind"], " x ".join(map(str, row["size"])), " x ".join(f"{n:.3g}" for n in row["spacing"]) + " mm"]
     if row["lesion_ml"]:
-        facts.append(f"{lesion:.1f} ml lesion")
+        facts.append(f"{sum(row['lesion_ml'].values()):.1f} ml lesion")
     odd = "; ".join(row["oddities"])
-    return (
-        f'<figure><img alt="{html.escape(source.case)}" src="{_inline(picture.read_bytes())}">'
-        f"<b>{html.escape(source.case)}</b><br>{html.escape(', '.join(facts))}"
-        f'<br><span class="odd">{html.escape(odd)}</span></figure>'
-    )
-
-
-def _inline(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return {"name": source.case, "picture": inline(picture.read_bytes()), "facts": ", ".join(facts), "odd": odd}

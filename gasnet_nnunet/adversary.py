@@ -164,8 +164,9 @@ class Adversary:
 
     def _judge(self, x: Tensor) -> Tensor:
         assert self.discriminator is not None
-        # Some torch releases know no autocast on mps, not even to switch it off; only cuda ever runs under it.
-        with torch.autocast("cuda", enabled=False) if x.device.type == "cuda" else contextlib.nullcontext():
+        # Some torch releases know no autocast on mps, not even to switch it off; it never runs under it.
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if kind in ("cuda", "cpu") else contextlib.nullcontext():
             return self.discriminator(x.float())
 
     def _networks(self) -> dict[str, nn.Module]:

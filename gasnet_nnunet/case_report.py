@@ -7,9 +7,7 @@ so that every window can be set in the browser, and are averaged down where a CT
 from __future__ import annotations
 
 import base64
-import io
 import itertools
-import json
 import math
 import re
 import zlib
@@ -22,9 +20,8 @@ from urllib.parse import quote
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
-from PIL import Image
 
-from gasnet_nnunet.pages import inline, write_page
+from gasnet_nnunet.pages import inline, slice_picture, write_page
 from gasnet_nnunet.volumes import HIGHEST_AIR
 
 MOST_VOXELS = 32_000_000
@@ -35,9 +32,8 @@ WINDOWS = {"Lung": (-600, 1500), "Mediastinum": (40, 400), "Bone": (400, 1800)}
 """Level and width in HU of the presets."""
 HU_LEVELS = np.interp(np.arange(256), [0, 84, 184, 244, 255], [-1024, -200, 250, 1500, 3071])
 """HU of each of the 256 grey levels: steps of 10 HU in lung, 4.5 in soft tissue, 21 in bone."""
-DIFFERENCE_LEVELS = np.interp(np.arange(255), [0, 27, 127, 227, 254], [-2000, -500, 0, 500, 2000])
-"""HU of each level of a difference: steps of 5 HU up to 500; 0 is a level."""
-THUMBNAIL_WIDTH = 240
+DIFFERENCE_LEVELS = np.interp(np.arange(255), [0, 27, 127, 227, 254], [-2000, -1000, 0, 1000, 2000])
+"""HU of each level of a difference: steps of 10 HU up to 1000; 0 is a level."""
 CONTOUR = (255, 214, 0)
 
 Levels = NDArray[np.float64]
@@ -46,21 +42,19 @@ Codes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class IndexRow:
-    """What the index shows of a case.
+    """What the index shows of a case, beside the picture in its report.
 
     Args:
         case: Name of the case.
         burden: Lesion burden as in its report; empty if there is none.
         warnings: Its warnings.
-        thumbnail: A picture as PNG, if there is one.
-        failed: Why there is no report of the case, in a sentence; `None` if there is one.
+        problem: What went wrong with it, in a sentence; `None` if nothing did.
     """
 
     case: str
     burden: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
-    thumbnail: bytes | None = None
-    failed: str | None = None
+    problem: str | None = None
 
 
 def report_name(case: str) -> str:
@@ -94,7 +88,7 @@ def write_case_report(
         mask: Labels on the CT's grid, 0 background.
         restored: The restored CT in HU on the same grid, if there is one.
         difference: CT minus restored in HU on the same grid, if it is to be shown.
-        burden: Lesion burden by the names of `BURDEN`; others are shown under their own name.
+        burden: Lesion burden by the names of `burden.burden_of`; others are shown under their own.
         model: What the mask was made with: names and values, in the order to show.
         warnings: What the reader has to know, one sentence each.
 
@@ -102,208 +96,192 @@ def write_case_report(
         ValueError: The images do not lie on one grid.
     """
     volume = _Volume.of(ct, mask, restored, difference)
-    thumbnail = volume.thumbnail()
-    summary = {
-        "case": case,
-        "burden": burden,
-        "warnings": list(warnings),
-        "thumbnail": base64.b64encode(thumbnail).decode(),
-    }
     write_page(
         path,
         "case.html",
         title=case,
-        # JSON has no NaN, and browsers are strict.
-        summary=json.loads(json.dumps(summary, default=_plain), parse_constant=lambda name: None),
         model=model,
         warnings=list(warnings),
-        burden=burden_rows(burden),
+        tables=burden_tables(burden),
         volume=volume.content(),
         aspect=volume.aspect,
         notes=volume.notes(),
         panels=volume.panels(),
         windows=WINDOWS if volume.is_hu else {},
-        picture=inline(thumbnail),
-    )
-
-
-def read_row(report: Path) -> IndexRow:
-    """The index's row of a case whose report was written before.
-
-    Raises:
-        ValueError: The file is no report of a case.
-    """
-    with report.open(encoding="utf-8") as file:
-        found = next((re.search(r'id="summary">(.*)</script>', line) for line in file if 'id="summary"' in line), None)
-    if found is None:
-        raise ValueError(f"{report} is no report of a case")
-    summary = json.loads(found[1])
-    return IndexRow(
-        summary["case"], summary["burden"], summary["warnings"], base64.b64decode(summary["thumbnail"]), None
+        picture=inline(volume.thumbnail()),
     )
 
 
 def write_index(path: Path, rows: Sequence[IndexRow]) -> None:
-    """Write the page over all cases, which lies beside their reports and links to them.
+    """Write the page over all cases, with pictures of the reports that lie beside it and links to them.
 
     Args:
         path: The page to write.
         rows: The cases, shown with the greatest burden first.
     """
     columns = index_columns([row.burden for row in rows])
-    quantities = [quantity(name) for name in columns]
     table = []
-    for row in sorted(rows, key=lambda row: _rank(row, columns)):
-        flat = flatten(row.burden)
-        values = [_number(flat.get(name)) for name in columns]
+    for row in sorted(rows, key=lambda row: _rank(row, list(columns))):
+        report = path.parent / report_name(row.case)
+        values = {name: row.burden.get(name) for name in columns}
         table.append(
             {
                 "case": row.case,
-                "link": None if row.failed else quote(report_name(row.case)),
-                "picture": None if row.thumbnail is None else inline(row.thumbnail),
-                "cells": [
-                    {"value": value, "text": shown.text(value)} for value, shown in zip(values, quantities, strict=True)
-                ],
-                "warnings": [row.failed] if row.failed else list(row.warnings),
-                "failed": row.failed is not None,
+                "link": quote(report.name) if report.is_file() else None,
+                "picture": _picture_of(report) if report.is_file() else None,
+                "cells": [(_number(value), as_text(name, value)) for name, value in values.items()],
+                "problem": row.problem,
+                "warnings": [warning for warning in row.warnings if warning != row.problem],
             }
         )
-    failed = sum(row.failed is not None for row in rows)
-    write_page(path, "index.html", title="Cases", quantities=quantities, rows=table, failed=failed)
+    problems = sum(row.problem is not None for row in rows)
+    write_page(path, "index.html", title="Cases", headings=list(columns.values()), rows=table, problems=problems)
+
+
+def _picture_of(report: Path) -> str | None:
+    """The address of the picture near the head of a report."""
+    with report.open(encoding="utf-8") as file:
+        found = (re.search(r'<img id="picture" src="([^"]+)"', line) for line in file)
+        return next((match[1] for match in found if match), None)
 
 
 def _rank(row: IndexRow, columns: Sequence[str]) -> float:
     """The greater the burden the lower; cases without a number come last."""
-    number = _number(flatten(row.burden).get(columns[0])) if columns else None
+    number = _number(row.burden.get(columns[0])) if columns else None
     return math.inf if number is None else -number
 
 
 # Burden ---------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Quantity:
-    """How a number of the burden is shown.
-
-    Args:
-        label: Its name.
-        unit: Its unit.
-        digits: Decimals.
-        factor: What the value is multiplied by, e.g. 100 for a share that is shown in percent.
-        index: Whether it has a column in the index.
-    """
-
-    label: str
-    unit: str = ""
-    digits: int = 1
-    factor: float = 1.0
-    index: bool = False
-
-    @property
-    def heading(self) -> str:
-        """Name and unit."""
-        return f"{self.label} ({self.unit})" if self.unit else self.label
-
-    def text(self, value: Any) -> str:
-        """A value as it is shown."""
-        number = _number(value)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return "-"
-        if number is None:
-            return str(value)
-        return f"{number * self.factor:.{self.digits}f}"
-
-
-BURDEN: dict[str, Quantity] = {
-    "lesion_ml": Quantity("Lesion", "ml", 1, index=True),
-    "lesion_percent": Quantity("Lesion of lung", "%", 1, index=True),
-    "lung_ml": Quantity("Lungs", "ml", 0),
-    "lesion_outside_lung_ml": Quantity("Lesion outside the lung mask", "ml", 1),
-    **{
-        f"{place}_{name}": Quantity(f"{place.capitalize()} {part}: {what}", unit, digits, index=index)
-        for place, part, index in (
-            ("left", "lung", True),
-            ("right", "lung", True),
-            ("upper", "third", False),
-            ("middle", "third", False),
-            ("lower", "third", False),
-        )
-        for name, what, unit, digits, index in (
-            ("lesion_ml", "lesion", "ml", 1, False),
-            ("percent", "lesion", "%", 1, index),
-            ("lung_ml", "volume", "ml", 0, False),
-        )
-    },
-    "ground_glass_ml": Quantity("Ground glass", "ml", 1),
-    "ground_glass_percent": Quantity("Ground glass of lesion", "%", 0),
-    "consolidated_ml": Quantity("Consolidated", "ml", 1),
-    "consolidated_percent": Quantity("Consolidated of lesion", "%", 0, index=True),
-    "components": Quantity("Separate lesions", "", 0),
-    "largest_component_ml": Quantity("Largest lesion", "ml", 1),
-    "lesion_mean_hu": Quantity("Mean of the lesions", "HU", 0),
-    "lesion_mean_hu_restored": Quantity("Mean of the lesions, restored", "HU", 0),
-    "lung_mean_hu": Quantity("Mean of the lungs", "HU", 0),
-    "lung_mean_hu_restored": Quantity("Mean of the lungs, restored", "HU", 0),
+TABLES: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
+    (
+        "Where",
+        ("Lesion (ml)", "% of lung", "Lung (ml)"),
+        (
+            ("Both lungs", ("lesion_ml", "lesion_percent", "lung_ml")),
+            ("Right", ("right_lesion_ml", "right_percent", "right_lung_ml")),
+            ("Left", ("left_lesion_ml", "left_percent", "left_lung_ml")),
+            ("Upper third", ("upper_lesion_ml", "upper_percent", "upper_lung_ml")),
+            ("Middle third", ("middle_lesion_ml", "middle_percent", "middle_lung_ml")),
+            ("Lower third", ("lower_lesion_ml", "lower_percent", "lower_lung_ml")),
+        ),
+    ),
+    (
+        "Kind",
+        ("ml", "% of lesion"),
+        (
+            ("Ground glass", ("ground_glass_ml", "ground_glass_percent")),
+            ("Consolidated", ("consolidated_ml", "consolidated_percent")),
+        ),
+    ),
+    (
+        "Mean HU",
+        ("CT", "restored"),
+        (
+            ("In lesions", ("lesion_mean_hu", "lesion_mean_hu_restored")),
+            ("In lungs", ("lung_mean_hu", "lung_mean_hu_restored")),
+        ),
+    ),
+    (
+        "Lesions",
+        ("",),
+        (
+            ("Number", ("components",)),
+            ("Sizes (ml)", ("component_ml",)),
+            ("Outside the lung mask (ml)", ("lesion_outside_lung_ml",)),
+        ),
+    ),
+)
+"""Tables of the burden: caption, headings, and the names (see `burden.burden_of`) that stand in each row."""
+INDEX_COLUMNS = {
+    "lesion_ml": "Lesion (ml)",
+    "lesion_percent": "% of lung",
+    "right_percent": "% of right",
+    "left_percent": "% of left",
+    "consolidated_percent": "% consolidated",
+    "components": "Lesions",
 }
-"""Known names of the burden, in the order they are shown."""
+"""Names that have a column in the index, and their headings."""
+DIGITS = {"_ml": 1, "_percent": 1, "_hu": 0, "_restored": 0}
+"""Decimals by the end of a name."""
+LISTED = 5
 
 
-def quantity(name: str) -> Quantity:
-    """How a number of the burden is shown; an unknown one by its own name.
-
-    Examples:
-        >>> quantity("new_thing").label
-        'new thing'
-    """
-    return BURDEN.get(name) or Quantity(name.replace("_", " "), digits=2)
-
-
-def flatten(burden: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by a blank.
+def burden_tables(burden: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Everything in a burden as tables: the known names where a reader looks for them, the others under their own.
 
     Examples:
-        >>> flatten({"left": {"lesion_ml": 1.0}, "sizes": [2, 1]})
-        {'left lesion_ml': 1.0, 'sizes': '2, 1'}
+        >>> where, other = burden_tables({"lesion_ml": 12.34, "new_thing": 7})
+        >>> where["rows"], other["rows"]
+        ([('Both lungs', ['12.3', '', ''])], [('new thing', ['7'])])
     """
-    flat: dict[str, Any] = {}
-    for name, value in burden.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name} ")
-        elif isinstance(value, (list, tuple)):
-            flat[f"{prefix}{name}"] = ", ".join(map(str, value))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    tables = []
+    known = {"largest_component_ml"}  # the first of the sizes
+    for caption, headings, lines in TABLES:
+        rows = [
+            (label, [as_text(name, burden[name]) if name in burden else "" for name in names])
+            for label, names in lines
+            if any(name in burden for name in names)
+        ]
+        known.update(name for _, names in lines for name in names)
+        tables.append({"caption": caption, "headings": headings, "rows": rows})
+    rest = [(_label(name), [as_text(name, value)]) for name, value in burden.items() if name not in known]
+    tables.append({"caption": "Other", "headings": ("",), "rows": rest})
+    return [table for table in tables if table["rows"]]
 
 
-def burden_rows(burden: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, value and unit of everything in a burden, the known names first."""
-    flat = flatten(burden)
-    names = [*(name for name in BURDEN if name in flat), *(name for name in flat if name not in BURDEN)]
-    return [(quantity(name).label, quantity(name).text(flat[name]), quantity(name).unit) for name in names]
+def index_columns(burdens: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Names of the numbers that get a column in the index, and their headings; all numbers where none is known."""
+    present = [name for burden in burdens for name, value in burden.items() if _number(value) is not None]
+    columns = {name: heading for name, heading in INDEX_COLUMNS.items() if name in present}
+    return columns or {name: _label(name) for name in present}
 
 
-def index_columns(burdens: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the numbers that get a column in the index."""
-    present = dict.fromkeys(itertools.chain.from_iterable(flatten(burden) for burden in burdens))
-    known = [name for name, shown in BURDEN.items() if shown.index and name in present]
-    return known or list(present)
+def as_text(name: str, value: Any) -> str:
+    """A value of the burden as it is shown, with the decimals of its kind.
+
+    Examples:
+        >>> as_text("lesion_ml", 0.04), as_text("lung_mean_hu", -812.6), as_text("components", 3)
+        ('<0.1', '-813', '3')
+        >>> as_text("component_ml", [8.0, 2.5, 1, 1, 1, 1, 1]), as_text("lesion_percent", None)
+        ('8.0, 2.5, 1.0, 1.0, 1.0 and 2 more', '-')
+    """
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_label(key)} {as_text(key, item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(as_text(name, item) for item in value[:LISTED]) or "-"
+        return shown + (f" and {len(value) - LISTED} more" if len(value) > LISTED else "")
+    number = _number(value)
+    if number is None:
+        return str(value) if isinstance(value, str) else "-"
+    digits = next((digits for end, digits in DIGITS.items() if name.endswith(end)), None)
+    if digits is None:
+        return f"{number:.6g}"
+    return f"<{10**-digits:.{digits}f}" if 0 < number < 0.5 * 10**-digits else f"{number:.{digits}f}"
+
+
+def _label(name: str) -> str:
+    """A name as words, with its unit.
+
+    Examples:
+        >>> _label("largest_hole_ml")
+        'largest hole (ml)'
+    """
+    for end, unit in (("_ml", "ml"), ("_percent", "%"), ("_hu", "HU")):
+        if name.endswith(end):
+            return f"{name.removesuffix(end).replace('_', ' ')} ({unit})"
+    return name.replace("_", " ")
 
 
 def _number(value: Any) -> float | None:
     """A value as a finite number."""
-    if isinstance(value, (str, bytes)) or value is None:
+    if value is None or isinstance(value, (str, bytes)):
         return None
     try:
         number = float(value)
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as JSON takes them."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 # Volumes --------------------------------------------------------------------------------------------------------------
@@ -334,27 +312,25 @@ class _Volume:
         for name, image in images.items():
             if image is not None and image.GetSize() != ct.GetSize():
                 raise ValueError(f"The {name} has {image.GetSize()} voxels, the CT {ct.GetSize()}")
-        axial = _axial(ct)
-        x, y, z = axial.GetSpacing()
-        size = axial.GetSize()
-        size, spacing = (size[2], size[1], size[0]), (z, y, x)
+        shown = axial(ct)
+        spacing = shown.GetSpacing()[::-1]
+        values = sitk.GetArrayViewFromImage(shown)
+        size = values.shape
         factors = reduction(size, spacing)
-        values = sitk.GetArrayViewFromImage(axial)
         lowest, highest = float(values.min()), float(values.max())
         is_hu = lowest <= HIGHEST_AIR
         levels = HU_LEVELS if is_hu else np.linspace(lowest, max(highest, lowest + 1), 256)
-        codes = [_code(plane, levels) for plane in _averaged(values, factors)]
-        shown = [_labels(block, factors) for block in _blocks(sitk.GetArrayViewFromImage(_axial(mask)), factors[0])]
+        labels = axial(mask)  # held, because a view of its voxels does not
         return cls(
             size=size,
             spacing=spacing,
             factors=factors,
-            top=axial.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in size[:0:-1]] + [size[0] - 1.0])[2],
-            tilt=math.degrees(math.acos(min(1.0, abs(axial.GetDirection()[8])))),
+            top=shown.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in size[:0:-1]] + [size[0] - 1.0])[2],
+            tilt=math.degrees(math.acos(min(1.0, abs(shown.GetDirection()[8])))),
             is_hu=is_hu,
             levels=levels,
-            ct=codes,
-            mask=shown,
+            ct=[_code(plane, levels) for plane in _averaged(values, factors)],
+            mask=[_labels(block, factors) for block in _blocks(sitk.GetArrayViewFromImage(labels), factors[0])],
             restored=None if restored is None else _planes(restored, factors, levels),
             difference=None if difference is None else _planes(difference, factors, DIFFERENCE_LEVELS),
         )
@@ -419,7 +395,7 @@ class _Volume:
                 "whatever is lesion in any of them; the numbers are measured on the whole CT."
             )
         if self.is_hu:
-            notes.append("Grey values are rounded to 10 HU in lung, 5 HU in soft tissue and 21 HU in bone.")
+            notes.append("Grey values are rounded to 10 HU in lung, 4.5 HU in soft tissue and 21 HU in bone.")
         else:
             notes.append("The values of this CT are not HU, so the usual windows mean nothing here.")
         if self.tilt > 5:
@@ -431,29 +407,8 @@ class _Volume:
         level, width = WINDOWS["Lung"] if self.is_hu else (self.levels.mean(), np.ptp(self.levels))
         values = self.levels[self.ct[self.key_slice]]
         aspect = self.spacing[1] / self.spacing[2]
-        return picture(values, self.mask[self.key_slice], (level - width / 2, level + width / 2), aspect)
-
-
-def picture(values: NDArray[Any], mask: NDArray[Any], window: tuple[float, float], aspect: float = 1.0) -> bytes:
-    """A small PNG of a slice with the outline of a mask.
-
-    Args:
-        values: Intensities (Y, X).
-        mask: Labels (Y, X), 0 background.
-        window: Intensities shown as black and as white.
-        aspect: Height of a pixel over its width.
-    """
-    height, width = values.shape
-    size = (THUMBNAIL_WIDTH, max(1, round(THUMBNAIL_WIDTH * aspect * height / width)))
-    grey = np.clip((values - window[0]) / (window[1] - window[0]), 0, 1) * 255
-    shown = np.array(Image.fromarray(grey.astype(np.uint8)).resize(size, Image.Resampling.BOX).convert("RGB"))
-    inside = np.array(Image.fromarray((mask > 0).astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 0
-    padded = np.pad(inside, 1)
-    core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    shown[inside & ~core] = CONTOUR
-    buffer = io.BytesIO()
-    Image.fromarray(shown).save(buffer, format="png", optimize=True)
-    return buffer.getvalue()
+        outline = (self.mask[self.key_slice] > 0, CONTOUR)
+        return slice_picture(values, (level - width / 2, level + width / 2), [outline], aspect)
 
 
 def reduction(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> tuple[int, int, int]:
@@ -483,8 +438,8 @@ def reduction(size: tuple[int, int, int], spacing: tuple[float, float, float]) -
     raise AssertionError("the loop does not end")
 
 
-def _axial(image: sitk.Image) -> sitk.Image:
-    """The image with X to the patient's left, Y to the back and Z to the head, up to a tilt."""
+def axial(image: sitk.Image) -> sitk.Image:
+    """The image whose slices are shown: X to the patient's left, Y to the back and Z to the head, up to a tilt."""
     axes = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     return image if axes == "LPS" else sitk.DICOMOrient(image, "LPS")
 
@@ -515,7 +470,8 @@ def _tiles(plane: NDArray[Any], factors: tuple[int, int, int]) -> NDArray[Any]:
 
 
 def _planes(image: sitk.Image, factors: tuple[int, int, int], levels: Levels) -> list[Codes]:
-    return [_code(plane, levels) for plane in _averaged(sitk.GetArrayViewFromImage(_axial(image)), factors)]
+    shown = axial(image)
+    return [_code(plane, levels) for plane in _averaged(sitk.GetArrayViewFromImage(shown), factors)]
 
 
 def _code(plane: NDArray[np.float32], levels: Levels) -> Codes:

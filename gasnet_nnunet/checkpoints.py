@@ -11,6 +11,8 @@ import torch
 
 from gasnet_nnunet.errors import UserError
 
+CHECKPOINT_KEY = "gasnet"
+"""Where our state stands in nnU-Net's checkpoint; nnU-Net's predictor ignores it."""
 TEMPORARY = ".{}.tmp"
 """Name of a checkpoint that is being written."""
 

@@ -239,7 +239,7 @@ def cohort_of_files(
     if not cohort.labelled:
         raise UserError(
             f"None of the {len(cases)} cases has a mask with lesion in it. GASNet needs at least one "
-            "voxel-labelled case."
+            "voxel-labelled case; gasnet-nnunet convert merge joins a dataset that has one with this one."
         )
     if not cohort.healthy:
         raise UserError(

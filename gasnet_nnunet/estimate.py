@@ -14,10 +14,10 @@ from torch import nn
 
 from gasnet_nnunet.adversary import needs_discriminator, needs_generator
 from gasnet_nnunet.networks import Topology, build_discriminator, build_generator
+from gasnet_nnunet.segmenters import SEGMENTERS, segmenter_of
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
+from gasnet_nnunet.steps import cpu_computes_in_bfloat16, training_precision
 
-BYTES_PER_FEATURE_MAP_VOXEL = 8e9 / (2 * 560e6)
-"""nnU-Net's own reference: two patches of 560 million feature map voxels take 8 GB (mixed precision)."""
 FORWARD = 1 / 3
 """Share of a forward pass in a forward and a backward pass."""
 MEASURED_VOXELS = {"cpu": 2**15, "cuda": 2**21, "mps": 2**20}
@@ -64,20 +64,21 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
     """Count the passes of Algorithm 1, averaged over the training.
 
     S+G update: S on I_l, I_h and I_d, and on I_ps once it has joined; G on I_d and I_h; D on I_s and I_g.
-    Each D update: S and G forward on I_d; D on I_h, I_s, I_d and I_g.
+    The average of S looks at I_d before L_ps. Each D update: S and G forward on I_d; D on I_h, I_s, I_d and I_g.
 
     Examples:
         >>> passes_per_iteration(GASNetSettings(discriminator_steps=3, pseudo_start=0.5), batch_size=2)
-        Passes(segmenter=9.0, generator=6.0, discriminator=28.0)
+        Passes(segmenter=9.333333333333334, generator=6.0, discriminator=28.0)
     """
     volumes = settings.volumes_per_step or batch_size
     g, d = needs_generator(settings), needs_discriminator(settings)
     d_updates = settings.discriminator_steps if d else 0
     adversarial, generated = bool(settings.weight_adversarial), bool(settings.weight_generated)
+    pseudo = 1 + FORWARD * (settings.averaged_iterations > 1)
     segmenter = batch_size * bool(settings.weight_labelled) + volumes * (
         bool(settings.weight_healthy)
-        + bool(settings.weight_mil or adversarial)
-        + bool(settings.weight_pseudo) * (1 - settings.pseudo_start)
+        + bool(settings.weight_mil or settings.weight_outside or adversarial)
+        + bool(settings.weight_pseudo) * (1 - settings.pseudo_start) * pseudo
         + d_updates * adversarial * FORWARD
     )
     generator = volumes * (d + bool(settings.weight_reconstruction) + d_updates * FORWARD) if g else 0.0
@@ -115,11 +116,12 @@ def estimate_cost(configuration: dict[str, Any], *, channels: int, labels: int, 
             build_discriminator(settings, topology, channels),
         )
 
+    bfloat16 = settings.cpu_bfloat16 and cpu_computes_in_bfloat16()
     per_volume = np.prod(patch) / np.prod(timed)
     counts = (passes.segmenter, passes.generator, passes.discriminator)
     seconds = per_volume * sum(
-        count * _seconds_of_a_pass(network.to(device), channels, timed, device)
-        for count, network in zip(counts, build(), strict=True)
+        count * _seconds_of_a_pass(network.to(device), channels, timed, device, bfloat16=bfloat16 and name != "D")
+        for name, count, network in zip("SGD", counts, build(), strict=True)
         if count
     )
     with torch.device("meta"):
@@ -132,9 +134,14 @@ def estimate_cost(configuration: dict[str, Any], *, channels: int, labels: int, 
         device=torch.cuda.get_device_name() if device == "cuda" else device,
         seconds_per_iteration=float(seconds),
         hours=float(seconds) * settings.num_epochs * settings.iterations_per_epoch / 3600,
-        memory_gb=heaviest * precision * BYTES_PER_FEATURE_MAP_VOXEL / 1e9,
+        memory_gb=heaviest * precision * _bytes_per_feature_map_voxel(configuration) / 1e9,
         disk_gb=voxels * (BYTES_PER_VOXEL + 4 * (channels - 1)) / 1e9,
     )
+
+
+def _bytes_per_feature_map_voxel(configuration: dict[str, Any]) -> float:
+    """By nnU-Net's own references: two patches of so many feature map voxels take 8 GB (mixed precision)."""
+    return 8e9 / (2 * SEGMENTERS[segmenter_of(configuration) or "plain"].feature_maps_in_8_gb)
 
 
 def _timed_patch(patch: tuple[int, ...], topology: Topology, most: int) -> tuple[int, ...]:
@@ -152,7 +159,9 @@ def _timed_patch(patch: tuple[int, ...], topology: Topology, most: int) -> tuple
     return tuple(int(edge) for edge in size)
 
 
-def _seconds_of_a_pass(network: nn.Module, channels: int, patch: tuple[int, ...], device: str) -> float:
+def _seconds_of_a_pass(
+    network: nn.Module, channels: int, patch: tuple[int, ...], device: str, *, bfloat16: bool
+) -> float:
     """Seconds of one forward and backward pass of one volume, the fastest of three.
 
     On a CPU it is the processor time of one thread, shared out to all cores, as nnU-Net trains there: with other work
@@ -167,7 +176,7 @@ def _seconds_of_a_pass(network: nn.Module, channels: int, patch: tuple[int, ...]
             torch.set_num_threads(1)
         for _ in range(3):
             start = clock()
-            with torch.autocast("cuda", enabled=device == "cuda"):
+            with training_precision(device, bfloat16=bfloat16):
                 out = network(x)
             loss = torch.stack([o.float().square().mean() for o in (out if isinstance(out, list | tuple) else [out])])
             loss.sum().backward()

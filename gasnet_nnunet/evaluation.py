@@ -1,94 +1,81 @@
-"""Dice, sensitivity and specificity as in section IV-C of the paper, and tables and figures that compare models.
-
-Every metric counts the voxels of one volume. Where one is not defined it is NaN and left out of the means: Dice and
-sensitivity of a healthy case, which is judged by its false positives instead.
-"""
+"""Predictions against true masks, case by case, and tables and figures that compare models."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.style
 import numpy as np
 import pandas as pd
-import SimpleITK as sitk
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from rich.table import Table
+from scipy import stats
 
+from gasnet_nnunet.cohort import abbreviate, raise_problems
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.metrics import CLASS_PREFIX, Mask, overlap_scores, score_case
+from gasnet_nnunet.parallel import run_jobs
+from gasnet_nnunet.volumes import HIGHEST_AIR, Grid, grid_difference, read_volume
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Mask = NDArray[np.bool_]
 Window = tuple[float, float]
 
-PERCENTAGES = {
-    "dice": "Dice %",
-    "sensitivity": "Sensitivity %",
-    "specificity": "Specificity %",
-    "false_positive_lung": "Lung called lesion, healthy %",
-}
-"""Columns that a summary shows, as a share of 1, and their headings."""
 
-MODEL_COLOURS = ("#8a8f98", "#c8352c", "#2f6fb7", "#2a9d5c", "#e39a1c")
-CONFUSION_COLOURS = ListedColormap(["#8a5322", "#ffd21f", "#27b34a"])
-LUNG_WINDOW: Window = (-1250.0, 250.0)
-
-
-def score_case(
-    prediction: ArrayLike,
-    reference: ArrayLike,
-    *,
-    lung: ArrayLike | None = None,
-    voxel_ml: float = 1.0,
-    ignore_label: int | None = None,
-) -> dict[str, float]:
-    """Metrics of one volume; every label above 0 is lesion.
+@dataclass(frozen=True)
+class Metric:
+    """How a column of `evaluate_folder` is averaged and shown.
 
     Args:
-        prediction: Predicted labels (Z, Y, X).
-        reference: True labels (Z, Y, X).
-        lung: Lung mask (Z, Y, X), for the share of the lung that is falsely called lesion.
-        voxel_ml: Volume of a voxel in ml.
-        ignore_label: Voxels of this reference label are not counted.
-
-    Returns:
-        `dice` = 2 TP / (2 TP + FP + FN), `sensitivity` = TP / (TP + FN), `specificity` = TN / (TN + FP), all as shares
-        of 1; `lesion_ml`, `predicted_ml` and `false_positive_ml`; `false_positive_lung`, the share of the lung's
-        voxels that are falsely called lesion. NaN: Dice and sensitivity without a lesion in the reference,
-        specificity without a voxel free of it, `false_positive_lung` without a lung mask.
-
-    Examples:
-        >>> score = score_case([[[0, 1, 1, 0]]], [[[0, 0, 1, 1]]])
-        >>> score["dice"], score["sensitivity"], score["specificity"]
-        (0.5, 0.5, 0.5)
-        >>> score_case([[[0, 1]]], [[[0, 0]]])["dice"]
-        nan
+        heading: Its name in tables and figures.
+        factor: What values are multiplied by to be shown: 100 for shares.
+        digits: Decimals that are shown.
+        healthy: Averaged over the cases without lesion, not over those with lesion.
     """
-    truth = np.asarray(reference)
-    counted = np.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
-    true, found = (truth > 0) & counted, (np.asarray(prediction) > 0) & counted
-    tp, fp, fn = (int(voxels.sum()) for voxels in (true & found, found & ~true, true & ~found))
-    tn = int(counted.sum()) - tp - fp - fn
-    score = {
-        "dice": 2 * tp / (2 * tp + fp + fn) if tp + fn else np.nan,
-        "sensitivity": tp / (tp + fn) if tp + fn else np.nan,
-        "specificity": tn / (tn + fp) if tn + fp else np.nan,
-        "lesion_ml": (tp + fn) * voxel_ml,
-        "predicted_ml": (tp + fp) * voxel_ml,
-        "false_positive_ml": fp * voxel_ml,
-        "false_positive_lung": np.nan,
-    }
-    if lung is not None and np.any(inside := (np.asarray(lung) > 0) & counted):
-        score["false_positive_lung"] = float((found & ~true & inside).sum() / inside.sum())
-    return score
+
+    heading: str
+    factor: float = 1.0
+    digits: int = 1
+    healthy: bool = False
+
+    def text(self, value: float, *, sign: str = "") -> str:
+        """A value of the column as it is shown."""
+        return f"{self.factor * value:{sign}.{self.digits}f}"
+
+
+METRICS: Mapping[str, Metric] = {
+    "dice": Metric("Dice %", 100),
+    "sensitivity": Metric("Sensitivity %", 100),
+    "specificity": Metric("Specificity %", 100, digits=2),
+    "hd95_mm": Metric("HD95 mm"),
+    "surface_dice": Metric("Surface Dice %", 100),
+    "lesion_f1": Metric("Lesion F1 %", 100),
+    "volume_error_ml": Metric("Volume error ml"),
+    "false_positive_ml": Metric("False positives ml, healthy", healthy=True),
+    "false_positive_lung": Metric("Lung called lesion, healthy %", 100, digits=2, healthy=True),
+}
+"""Columns that tables and figures show, in their order; the Dice of single classes follows."""
+PAPER_METRICS = ("dice", "sensitivity", "specificity", "false_positive_lung")
+"""Those of the paper's tables, and what is called lesion in healthy lungs."""
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+MODEL_COLOURS = ("#8a8f98", "#c8352c", "#2f6fb7", "#2a9d5c", "#e39a1c")
+CONFUSION_COLOURS = {"found": "#8a5322", "false alarm": "#ffd21f", "missed": "#27b34a"}
+COLOUR_STRENGTH = 0.85
+LEGEND = "brown: found    green: missed    yellow: false alarm"
+LUNG_WINDOW: Window = (-1250.0, 250.0)
+PANELS_IN_A_ROW = 5
+STARTING_SECONDS = 20.0
+"""What it takes to start processes that import torch, MONAI and matplotlib on a machine that has other work."""
 
 
 def evaluate_folder(
@@ -97,7 +84,9 @@ def evaluate_folder(
     *,
     lungs: Path | None = None,
     file_ending: str = ".nii.gz",
-    ignore_label: int | None = None,
+    num_processes: int = 1,
+    description: str | None = None,
+    **options: Any,
 ) -> pd.DataFrame:
     """Metrics of every case that has a reference.
 
@@ -106,53 +95,121 @@ def evaluate_folder(
         references: Folder of true label maps of the same names.
         lungs: Folder of lung masks of the same names.
         file_ending: Ending of all files.
-        ignore_label: Voxels of this reference label are not counted.
+        num_processes: Cases measured at a time.
+        description: Title of a progress bar; none is shown if `None`.
+        options: `labels`, and what `score_case` takes: `ignore_label`, `classes`, `tolerance_mm`.
 
     Returns:
-        One row a case (index `case`), the columns of `score_case`.
+        One row a case (index `case`), the columns of `gasnet_nnunet.metrics.score_case`.
 
     Raises:
-        UserError: No reference, a case without prediction or lung mask, a file that is no image, or a geometry that
-            differs from the reference's.
+        UserError: No reference, a case without prediction or lung mask, a file that is no image, a grid that differs
+            from the reference's, or values that are no labels.
     """
-    files = sorted(path for path in references.glob(f"*{file_ending}") if not path.name.startswith("."))
-    if not files:
+    truth = files_of_cases(references, file_ending)
+    if not truth:
         raise UserError(f"There is no reference *{file_ending} in {references}.")
-    folders = [folder for folder in (predictions, lungs) if folder is not None]
-    for folder in folders:
-        missing = [path.name for path in files if not (folder / path.name).is_file()]
+    found = []
+    for folder in (predictions, lungs):
+        files = {} if folder is None else {case: folder / path.name for case, path in truth.items()}
+        missing = [path.name for path in files.values() if not path.is_file()]
         if missing:
             raise UserError(
                 f"{folder} lacks {len(missing)} of {len(files)} cases that have a reference in {references}: "
-                f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Predict them first."
+                f"{abbreviate(missing)}. Predict them first."
             )
-    rows = {}
-    for path in files:
-        reference = _read(path)
-        others = [_read_like(folder / path.name, reference, path) for folder in folders]
-        rows[path.name.removesuffix(file_ending)] = score_case(
-            others[0],
-            sitk.GetArrayViewFromImage(reference),
-            lung=others[1] if lungs is not None else None,
-            voxel_ml=float(np.prod(reference.GetSpacing())) / 1000,
-            ignore_label=ignore_label,
-        )
+        found.append(files)
+    return evaluate_files(
+        found[0], truth, lungs=found[1], num_processes=num_processes, description=description, **options
+    )
+
+
+def files_of_cases(folder: Path, file_ending: str) -> dict[str, Path]:
+    """The images of a folder by the names of their cases, sorted; hidden files are no cases."""
+    if not folder.is_dir():
+        return {}
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(file_ending))
+    return {name.removesuffix(file_ending): folder / name for name in names if not name.startswith(".")}
+
+
+def evaluate_files(
+    predictions: Mapping[str, Path],
+    references: Mapping[str, Path],
+    *,
+    lungs: Mapping[str, Path] | None = None,
+    labels: Iterable[int] | None = None,
+    num_processes: int = 1,
+    description: str | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """As `evaluate_folder`, for files that lie anywhere.
+
+    Args:
+        predictions: Predicted label map of each case.
+        references: True label map of each case; these are the cases that are measured.
+        lungs: Lung mask of each case, or of some.
+        labels: Values that label maps may hold; any whole numbers from 0 on if `None`.
+        num_processes: As in `evaluate_folder`.
+        description: As in `evaluate_folder`.
+        options: What `score_case` takes.
+
+    Raises:
+        UserError: As in `evaluate_folder`; all files that cannot be used are named.
+    """
+    allowed = None if labels is None else frozenset(labels)
+    jobs = [
+        _Job(predictions[case], reference, (lungs or {}).get(case), allowed, options)
+        for case, reference in references.items()
+    ]
+    results = run_jobs(
+        _evaluate, jobs, num_processes=num_processes, description=description, starting_seconds=STARTING_SECONDS
+    )
+    raise_problems([result for result in results if isinstance(result, str)], "the masks")
+    rows = {case: row for case, row in zip(references, results, strict=True) if not isinstance(row, str)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("case")
 
 
-def summarise(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def check_references(
+    references: Mapping[str, Path],
+    *,
+    labels: Iterable[int] | None = None,
+    ignore_label: int | None = None,
+    num_processes: int = 1,
+) -> list[str]:
+    """Read true label maps, whose faults are better known before others are predicted.
+
+    Args:
+        references: True label map of each case.
+        labels: Values that label maps may hold; any whole numbers from 0 on if `None`.
+        ignore_label: The value that is no lesion but ignored.
+        num_processes: Files read at a time.
+
+    Returns:
+        The cases without lesion.
+
+    Raises:
+        UserError: A file is no image or holds values that are no labels; all of them are named.
+    """
+    allowed = None if labels is None else frozenset(labels)
+    jobs = [_Job(path, path, None, allowed, {"ignore_label": ignore_label}) for path in references.values()]
+    results = run_jobs(_has_lesion, jobs, num_processes=num_processes)
+    raise_problems([result for result in results if isinstance(result, str)], "the masks")
+    return [case for case, result in zip(references, results, strict=True) if result is False]
+
+
+def summarise(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Mean and standard deviation over the cases.
 
     Args:
         frames: Result of `evaluate_folder` of each model.
+        metrics: Columns to summarise; if `None` all of `METRICS` and the Dice of single classes.
 
     Returns:
-        One row a model; columns (metric, "mean" | "sd" | "n") for `dice`, `sensitivity` and `specificity` over the
-        cases with a lesion and `false_positive_lung` over those without one. `n` counts the cases that are not NaN;
-        the standard deviation is that of a sample.
+        One row a model; columns (metric, "mean" | "sd" | "n"), over the cases with a lesion or, where `METRICS` says
+        so, over those without one. `n` counts the cases that are not NaN; the standard deviation is that of a sample.
     """
     columns: dict[tuple[str, str], list[float]] = {}
-    for metric in PERCENTAGES:
+    for metric in shown_metrics(frames) if metrics is None else metrics:
         values = [_values(frame, metric) for frame in frames.values()]
         columns[metric, "mean"] = [column.mean() for column in values]
         columns[metric, "sd"] = [column.std() for column in values]
@@ -160,50 +217,133 @@ def summarise(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(list(frames), name="model"))
 
 
-def markdown_table(frames: Mapping[str, pd.DataFrame]) -> str:
-    """The summary as a Markdown table, in percent, mean ± standard deviation."""
-    header, rows = _cells(frames)
+def shown_metrics(frames: Mapping[str, pd.DataFrame]) -> dict[str, Metric]:
+    """The metrics that at least one case of one model has, in the order of tables."""
+    columns = list(dict.fromkeys(column for frame in frames.values() for column in frame))
+    classes = [str(column) for column in columns if str(column).startswith(CLASS_PREFIX)]
+    known = {**METRICS, **{name: Metric(f"Dice {name.removeprefix(CLASS_PREFIX)} %", 100) for name in classes}}
+    return {
+        name: metric
+        for name, metric in known.items()
+        if any(_values(frame, name).notna().any() for frame in frames.values())
+    }
+
+
+def paired_differences(
+    frames: Mapping[str, pd.DataFrame],
+    *,
+    reference: str,
+    metrics: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How much every model differs from a reference model on the same cases.
+
+    Args:
+        frames: Result of `evaluate_folder` of each model, for the same cases.
+        reference: The model that the others are compared with.
+        metrics: Columns to compare; if `None` those of `summarise`.
+        resamples: Resamples of the bootstrap.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One row a model and metric: `model`, `metric`, `n` pairs, `difference` = mean of (model - reference), in the
+        metric's own unit, `low` and `high`, its 95 % interval by a bias-corrected and accelerated bootstrap over the
+        cases, and `p` of Wilcoxon's signed-rank test, two-sided; ties of 0 are left out, and p is 1 if all are. NaN
+        where there are fewer than two pairs.
+
+    Raises:
+        UserError: There is no model of that name, or a model has other cases.
+    """
+    if reference not in frames:
+        raise UserError(f"There is no model '{reference}' to compare with; the models are {', '.join(frames)}.")
+    expected = set(frames[reference].index)
+    for model, frame in frames.items():
+        if other := sorted(expected.symmetric_difference(frame.index)):
+            raise UserError(
+                f"{model} and {reference} were tested on different cases: {abbreviate(other)}. Paired differences need "
+                "the same cases for both."
+            )
+    rows = []
+    for model, frame in frames.items():
+        for metric in shown_metrics(frames) if metrics is None else metrics:
+            if model != reference:
+                difference = (_values(frame, metric) - _values(frames[reference], metric)).dropna().to_numpy(float)
+                rows.append({"model": model, "metric": metric, **_paired(difference, resamples, seed)})
+    return pd.DataFrame(rows, columns=["model", "metric", "n", "difference", "low", "high", "p"])
+
+
+def markdown_table(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | None = None) -> str:
+    """The summary as a Markdown table, a row a model: mean ± standard deviation."""
+    return to_markdown(_summary_text(frames, metrics))
+
+
+def rich_table(
+    frames: Mapping[str, pd.DataFrame], *, title: str | None = None, metrics: Sequence[str] | None = None
+) -> Table:
+    """The summary as a table for the terminal, a row a metric, because a terminal is narrow."""
+    text = _summary_text(frames, metrics).T.rename_axis(None)
+    return to_rich(text, title=title)
+
+
+def differences_text(differences: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """What `paired_differences` found, as the cells of a table."""
+    known = shown_metrics(frames)
+    rows = []
+    for row in differences.to_dict("records"):
+        metric = known.get(str(row["metric"]), Metric(str(row["metric"])))
+        difference, low, high = (metric.text(row[name], sign="+") for name in ("difference", "low", "high"))
+        rows.append(
+            {
+                "Model": row["model"],
+                "Metric": metric.heading,
+                "n": str(row["n"]),
+                "Difference": difference,
+                "95 % interval": "" if np.isnan(row["low"]) else f"{low} to {high}",
+                "p": "" if np.isnan(row["p"]) else "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}",
+            }
+        )
+    return pd.DataFrame(rows, columns=["Model", "Metric", "n", "Difference", "95 % interval", "p"]).set_index("Model")
+
+
+def to_markdown(text: pd.DataFrame) -> str:
+    """A table of texts as Markdown, its index in the first column."""
+    header = [str(text.index.name or ""), *map(str, text.columns)]
+    rows = [[str(name), *cells] for name, cells in zip(text.index, text.to_numpy().tolist(), strict=True)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def rich_table(frames: Mapping[str, pd.DataFrame], *, title: str | None = None) -> Table:
-    """The summary as a table for the terminal, in percent, mean ± standard deviation."""
-    header, rows = _cells(frames)
+def to_rich(text: pd.DataFrame, *, title: str | None = None) -> Table:
+    """A table of texts for the terminal, its index in the first column."""
     table = Table(title=title)
-    for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left")
-    for row in rows:
-        table.add_row(*row)
+    for position, name in enumerate([text.index.name or "", *text.columns]):
+        table.add_column(str(name), justify="right" if position else "left")
+    for name, cells in zip(text.index, text.to_numpy().tolist(), strict=True):
+        table.add_row(str(name), *cells)
     return table
 
 
-def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path) -> None:
+def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path, *, metrics: Sequence[str] | None = None) -> None:
     """Draw every case under every model, joined by a line, with the mean of each model.
 
     Args:
         frames: Result of `evaluate_folder` of each model.
         path: The PNG to write.
+        metrics: Columns to draw; if `None` those of `summarise`.
     """
-    shown = [metric for metric in PERCENTAGES if any(_values(frame, metric).notna().any() for frame in frames.values())]
+    known = shown_metrics(frames)
+    shown = {name: metric for name, metric in known.items() if metrics is None or name in metrics}
+    columns = min(PANELS_IN_A_ROW, len(shown))
+    rows = -(-len(shown) // columns)
     with matplotlib.style.context("default"):
-        figure = Figure(figsize=(3.4 * len(shown), 4.2), layout="constrained")
-        for axis, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            columns = pd.DataFrame({model: _values(frame, metric) * 100 for model, frame in frames.items()})
-            positions = np.arange(columns.shape[1])
-            axis.plot(positions, columns.to_numpy().T, color="0.8", linewidth=1, zorder=1)
-            for position, model in zip(positions, columns, strict=True):
-                colour = MODEL_COLOURS[position % len(MODEL_COLOURS)]
-                values = columns[model].dropna()
-                axis.scatter([position] * len(values), values, color=colour, s=26, alpha=0.8, zorder=2)
-                mean = values.mean()
-                axis.hlines(mean, position - 0.28, position + 0.28, color="black", linewidth=2, zorder=3)
-                axis.annotate(f"{mean:.1f}", (position + 0.3, mean), va="center", fontsize=9)
-            axis.set_xticks(positions, list(columns), fontsize=9)
-            axis.set_xlim(-0.6, len(positions) - 0.3)
-            axis.set_title(f"{PERCENTAGES[metric]} (n = {len(columns.dropna(how='all'))})", fontsize=10)
-            axis.grid(axis="y", alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
+        width = max(3.4, 0.9 * len(frames) + 1.2)
+        figure = Figure(figsize=(width * columns, 4.2 * rows), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axis, (name, metric) in zip(axes, shown.items(), strict=False):
+            _draw_strips(axis, name, metric, frames)
+        for axis in axes[len(shown) :]:
+            axis.set_axis_off()
         _save(figure, path)
 
 
@@ -229,97 +369,264 @@ def plot_overlays(
         window: Intensities shown as black and as white.
 
     Raises:
-        UserError: A file is missing, is no image or has another geometry than the reference.
+        UserError: A file is missing, is no image or has another grid than the reference.
     """
-    header = ["CT", "Truth", *predictions]
-    with matplotlib.style.context("default"):
-        figure = Figure(figsize=(2.6 * len(header), 2.6 * len(cases) + 0.6), layout="constrained")
-        grid = figure.subplots(len(cases), len(header), squeeze=False)
-        for row, case in zip(grid, cases, strict=True):
-            file = references / f"{case}{file_ending}"
-            reference = _read(file)
-            image_file = images / f"{case}_0000{file_ending}"
-            image = _read_like(image_file if image_file.exists() else images / file.name, reference, file)
-            true = sitk.GetArrayFromImage(reference) > 0
-            found = [_read_like(folder / file.name, reference, file) > 0 for folder in predictions.values()]
-            area = (true if true.any() else np.logical_or.reduce(found)).sum(axis=(1, 2))
-            middle = int(area.argmax()) if area.any() else len(area) // 2
-            aspect = reference.GetSpacing()[1] / reference.GetSpacing()[0]
-            for axis, overlay in zip(row, [None, true, *found], strict=True):
-                axis.imshow(image[middle], cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect)
-                axis.set_xticks([])
-                axis.set_yticks([])
-                if overlay is not None:
-                    _draw_confusion(axis, overlay[middle], true[middle], aspect)
-            for axis, mask in zip(row[2:], found, strict=True):
-                score = score_case(mask, true, voxel_ml=float(np.prod(reference.GetSpacing())) / 1000)
-                text = (
-                    f"Dice {100 * score['dice']:.0f} %" if true.any() else f"{score['predicted_ml']:.0f} ml, all false"
-                )
-                axis.text(0.03, 0.97, text, transform=axis.transAxes, va="top", color="white", fontsize=9)
-            row[0].set_ylabel(case, fontsize=8)
-        for axis, title in zip(grid[0], header, strict=True):
-            axis.set_title(title, fontsize=10)
-        figure.supxlabel("brown: found    green: missed    yellow: false alarm", fontsize=9)
-        _save(figure, path)
-
-
-def _cells(frames: Mapping[str, pd.DataFrame]) -> tuple[list[str], list[list[str]]]:
-    summary = summarise(frames)
-    shown = [metric for metric in PERCENTAGES if summary[metric, "n"].any()]
-    header = ["Model", *(PERCENTAGES[metric] for metric in shown)]
     rows = []
-    for model in summary.index:
-        row = [str(model)]
-        for metric in shown:
-            mean, sd = (100 * float(summary.loc[model, (metric, name)]) for name in ("mean", "sd"))
-            row.append(f"{mean:.1f}" if np.isnan(sd) else f"{mean:.1f} ± {sd:.1f}")
-        rows.append(row)
-    return header, rows
+    for case in cases:
+        name = f"{case}{file_ending}"
+        image = images / f"{case}_0000{file_ending}"
+        found = {model: folder / name for model, folder in predictions.items()}
+        scan = _Scan.read(case, image if image.exists() else images / name, references / name, found, window)
+        rows.append((scan, scan.slices()[0]))
+    _draw_overlays(path, rows)
+
+
+def plot_case(
+    path: Path,
+    *,
+    case: str,
+    image: Path,
+    reference: Path,
+    predictions: Mapping[str, Path],
+    window: Window = LUNG_WINDOW,
+) -> None:
+    """Draw what each model found in one case: the slices with most lesion, most missed and most false alarms.
+
+    Args:
+        path: The PNG to write.
+        case: Its name.
+        image: Its CT.
+        reference: Its true label map.
+        predictions: Predicted label map of each model.
+        window: Intensities shown as black and as white, if the image has air as dark as a CT's.
+
+    Raises:
+        UserError: As in `plot_overlays`.
+    """
+    scan = _Scan.read(case, image, reference, predictions, window)
+    _draw_overlays(path, [(scan, position) for position in scan.slices()])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is read to measure a case."""
+
+    prediction: Path
+    reference: Path
+    lung: Path | None
+    labels: frozenset[int] | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _evaluate(job: _Job) -> dict[str, float] | str:
+    """The metrics of a case, or the sentence that says why there are none."""
+    try:
+        reference, grid = _read_labels(job.reference, job.labels)
+        prediction, found = _read_labels(job.prediction, job.labels)
+        _check_grid(job.prediction, found, job.reference, grid)
+        lung = None
+        if job.lung is not None:
+            lung, found = read_volume(job.lung)
+            _check_grid(job.lung, found, job.reference, grid)
+        x, y, z = grid.spacing
+        return score_case(prediction, reference, lung=lung, spacing=(z, y, x), **job.options)
+    except UserError as error:
+        return str(error)
+
+
+def _has_lesion(job: _Job) -> bool | str:
+    try:
+        array, _ = _read_labels(job.reference, job.labels)
+    except UserError as error:
+        return str(error)
+    return bool(((array > 0) & (array != job.options["ignore_label"])).any())
+
+
+def _read_labels(path: Path, allowed: frozenset[int] | None) -> tuple[NDArray[Any], Grid]:
+    array, grid = read_volume(path)
+    values = pd.unique(array.ravel())  # np.unique sorts all the voxels of a CT
+    wrong = [value for value in values if value < 0 or value != int(value)]
+    if wrong:
+        raise UserError(f"{path} holds the value {wrong[0]:g}; labels must be whole numbers from 0 on.")
+    undeclared = sorted(int(value) for value in values if allowed is not None and int(value) not in allowed)
+    if allowed is not None and undeclared:
+        raise UserError(
+            f"{path} holds {undeclared[:8]}, which dataset.json does not declare (declared: {sorted(allowed)}). "
+            "Correct the file or the labels."
+        )
+    return array, grid
+
+
+def _check_grid(path: Path, found: Grid, reference: Path, expected: Grid) -> None:
+    difference = grid_difference(found, expected)
+    if difference:
+        raise UserError(
+            f"{path} does not lie on the grid of {reference}: {difference}. Metrics need both on one grid: resample "
+            "the one to the other."
+        )
 
 
 def _values(frame: pd.DataFrame, metric: str) -> pd.Series:
     """A metric of the cases it is averaged over: false positives of the healthy ones, all else of the others."""
+    if metric not in frame:
+        return pd.Series(np.nan, index=frame.index)
     healthy = frame["lesion_ml"] == 0
-    return frame.loc[healthy if metric == "false_positive_lung" else ~healthy, metric]
+    return frame.loc[healthy if metric in METRICS and METRICS[metric].healthy else ~healthy, metric]
 
 
-def _draw_confusion(axis: Axes, found: Mask, true: Mask, aspect: float) -> None:
-    kinds = np.select([found & true, found, true], [0, 1, 2], default=-1)
-    shown = np.ma.masked_less(kinds, 0)
-    axis.imshow(shown, cmap=CONFUSION_COLOURS, vmin=0, vmax=2, alpha=0.85, interpolation="nearest", aspect=aspect)
+def _paired(difference: NDArray[np.float64], resamples: int, seed: int) -> dict[str, float]:
+    result = {"n": len(difference), "difference": float(difference.mean()) if len(difference) else np.nan}
+    if len(difference) < 2:
+        return {**result, "low": np.nan, "high": np.nan, "p": np.nan}
+    low = high = result["difference"]
+    if np.ptp(difference) > 0:  # of equal differences a bootstrap is degenerate
+        generator = np.random.default_rng(seed)
+        interval = stats.bootstrap(
+            (difference,), np.mean, n_resamples=resamples, confidence_level=CONFIDENCE, random_state=generator
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    untied = difference[difference != 0]
+    p = float(stats.wilcoxon(untied).pvalue) if len(untied) else 1.0
+    return {**result, "low": low, "high": high, "p": p}
 
 
-def _read(path: Path) -> sitk.Image:
-    try:
-        return sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise UserError(f"{path} cannot be read as an image. Put a whole file in its place. ({error})") from None
-
-
-def _read_like(path: Path, reference: sitk.Image, reference_path: Path) -> NDArray[Any]:
-    """Voxels (Z, Y, X) of an image that has to lie on the reference's grid."""
-    image = _read(path)
-    properties = {
-        "size": (image.GetSize(), reference.GetSize()),
-        "spacing": (image.GetSpacing(), reference.GetSpacing()),
-        "origin": (image.GetOrigin(), reference.GetOrigin()),
-        "direction": (image.GetDirection(), reference.GetDirection()),
+def _summary_text(frames: Mapping[str, pd.DataFrame], metrics: Sequence[str] | None) -> pd.DataFrame:
+    known = shown_metrics(frames)
+    shown = {name: metric for name, metric in known.items() if metrics is None or name in metrics}
+    summary = summarise(frames, metrics=list(shown))
+    text = {
+        metric.heading: [_mean_and_sd(metric, row[name, "mean"], row[name, "sd"]) for _, row in summary.iterrows()]
+        for name, metric in shown.items()
     }
-    for name, (found, expected) in properties.items():
-        if not np.allclose(found, expected, rtol=1e-3, atol=1e-2):
-            raise UserError(
-                f"The {name} of {path} is {_short(found)}, but that of {reference_path} is {_short(expected)}. "
-                "Metrics need both on one grid: resample the one to the other."
-            )
-    return sitk.GetArrayFromImage(image)
+    return pd.DataFrame(text, index=pd.Index(list(frames), name="Model"), dtype=str)
 
 
-def _short(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+def _mean_and_sd(metric: Metric, mean: float, sd: float) -> str:
+    if np.isnan(mean):
+        return ""
+    return metric.text(mean) if np.isnan(sd) else f"{metric.text(mean)} ± {metric.text(sd)}"
+
+
+def _draw_strips(axis: Axes, name: str, metric: Metric, frames: Mapping[str, pd.DataFrame]) -> None:
+    shares = pd.DataFrame({model: _values(frame, name) for model, frame in frames.items()})
+    values = shares * metric.factor
+    positions = np.arange(values.shape[1])
+    axis.plot(positions, values.to_numpy().T, color="0.8", linewidth=1, zorder=1)
+    for position, model in zip(positions, values, strict=True):
+        colour = MODEL_COLOURS[position % len(MODEL_COLOURS)]
+        known = values[model].dropna()
+        axis.scatter([position] * len(known), known, color=colour, s=26, alpha=0.8, zorder=2)
+        if len(known):
+            axis.hlines(known.mean(), position - 0.28, position + 0.28, color="black", linewidth=2, zorder=3)
+            text = metric.text(shares[model].mean())
+            axis.annotate(text, (position + 0.3, known.mean()), va="center", fontsize=9)
+    longest = max(len(model) for model in frames)
+    turned = longest * len(frames) > 34
+    axis.set_xticks(
+        positions, list(values), fontsize=9, rotation=30 if turned else 0, ha="right" if turned else "center"
+    )
+    axis.set_xlim(-0.6, len(positions) - 0.3)
+    axis.set_title(f"{metric.heading} (n = {len(values.dropna(how='all'))})", fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """A case as it is drawn, patient's right on the left, front on top."""
+
+    case: str
+    image: NDArray[Any]
+    true: Mask
+    found: Mapping[str, Mask]
+    spacing: tuple[float, ...]
+    window: Window
+
+    @classmethod
+    def read(cls, case: str, image: Path, reference: Path, predictions: Mapping[str, Path], window: Window) -> _Scan:
+        truth, grid = read_volume(reference)
+        arrays = []
+        for path in (image, *predictions.values()):
+            array, found = read_volume(path)
+            _check_grid(path, found, reference, grid)
+            arrays.append(array)
+        # Of an array in ITK's LPS: rows run to the back, columns to the left.
+        turn = (slice(None), *(slice(None, None, -1 if grid.direction[axis] < 0 else 1) for axis in (4, 0)))
+        values, *masks = (array[turn] for array in arrays)
+        if values.min() > HIGHEST_AIR:
+            low, high = (float(value) for value in np.percentile(values, (0.5, 99.5)))
+            window = low, high
+        found_by = {model: mask > 0 for model, mask in zip(predictions, masks, strict=True)}
+        return cls(case, values, truth[turn] > 0, found_by, grid.spacing, window)
+
+    def slices(self) -> list[int]:
+        """The slice with most lesion, then those with most missed and most false alarms of all models together."""
+        found = np.sum(list(self.found.values()), axis=0, dtype=np.int32)
+        interest = (
+            self.true if self.true.any() else found,
+            np.where(self.true, len(self.found) - found, 0),
+            np.where(self.true, 0, found),
+        )
+        positions = []
+        for voxels in interest:
+            area = voxels.sum(axis=(1, 2))
+            if area.any():
+                positions.append(int(area.argmax()))
+        return list(dict.fromkeys(positions)) or [len(self.true) // 2]
+
+    def label(self, model: str) -> str:
+        """What stands in the corner of a model's picture."""
+        found = self.found[model]
+        if self.true.any():
+            return f"Dice {100 * overlap_scores(found, self.true)['dice']:.0f} %"
+        return f"{np.count_nonzero(found) * np.prod(self.spacing) / 1000:.0f} ml, all false"
+
+
+def _draw_overlays(path: Path, rows: Sequence[tuple[_Scan, int]]) -> None:
+    header = ["CT", "Truth", *rows[0][0].found]
+    with matplotlib.style.context("default"):
+        cell = 2.6
+        heights = [
+            cell * scan.true.shape[1] * scan.spacing[1] / (scan.true.shape[2] * scan.spacing[0]) for scan, _ in rows
+        ]
+        width, height = cell * len(header) + 0.4, sum(heights) + 0.7
+        # Fixed margins: matplotlib's layout engine takes longer than all the rest.
+        figure = Figure(figsize=(width, height))
+        margins = {"left": 0.35 / width, "right": 1 - 0.05 / width, "bottom": 0.35 / height, "top": 1 - 0.3 / height}
+        spaces = {"wspace": 0.02, "hspace": 0.03, "height_ratios": heights}
+        grid = figure.subplots(len(rows), len(header), squeeze=False, gridspec_kw={**margins, **spaces})
+        for axes, (scan, position) in zip(grid, rows, strict=True):
+            aspect = scan.spacing[1] / scan.spacing[0]
+            masks = [None, scan.true, *scan.found.values()]
+            for axis, mask in zip(axes, masks, strict=True):
+                found = None if mask is None else mask[position]
+                picture = _picture(scan.image[position], scan.true[position], found, scan.window)
+                axis.imshow(picture, interpolation="nearest", aspect=aspect)
+                axis.set_xticks([])
+                axis.set_yticks([])
+            for axis, model in zip(axes[2:], scan.found, strict=True):
+                text = scan.label(model)
+                box = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 2}
+                axis.text(0.03, 0.97, text, transform=axis.transAxes, va="top", color="white", fontsize=9, bbox=box)
+            axes[0].set_ylabel(f"{scan.case}, slice {position}", fontsize=8)
+        for axis, title in zip(grid[0], header, strict=True):
+            axis.set_title(title, fontsize=10)
+        figure.text(0.5, 0.12 / height, LEGEND, fontsize=9, ha="center", va="center")
+        _save(figure, path)
+
+
+def _picture(image: NDArray[Any], true: Mask, found: Mask | None, window: Window) -> NDArray[np.float64]:
+    """A slice (Y, X, RGB) with what was found, missed and falsely called lesion on it, or with nothing on it."""
+    grey = np.clip((image.astype(float) - window[0]) / max(window[1] - window[0], 1e-9), 0, 1)
+    picture = np.repeat(grey[..., None], 3, axis=-1)
+    if found is not None:
+        for kind, voxels in (("found", found & true), ("false alarm", found & ~true), ("missed", true & ~found)):
+            colour = np.array(to_rgb(CONFUSION_COLOURS[kind]))
+            picture[voxels] = COLOUR_STRENGTH * colour + (1 - COLOUR_STRENGTH) * picture[voxels]
+    return picture
 
 
 def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
+    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120, pil_kwargs={"compress_level": 3})
     os.replace(temporary, path)

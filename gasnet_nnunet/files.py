@@ -1,21 +1,55 @@
-"""Files that matter, written whole or not at all."""
+"""Files that matter, read and written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gasnet_nnunet.errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file is no readable JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; a JSON object is expected.")
+    return content
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never a part of it."""
+    """Write a text file in UTF-8 so that a reader sees the old or the new content, never a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(*outputs: Path) -> Iterator[list[Path]]:
+    """Temporary names to write to, which become the final ones if nothing was raised; else nothing is left of them."""
+    temporary = [path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in outputs]
+    try:
+        yield temporary
+        for written, path in zip(temporary, outputs, strict=True):
+            with written.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(written, path)
+    finally:
+        for written in temporary:
+            written.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

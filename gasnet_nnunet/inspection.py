@@ -11,8 +11,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, Kind, abbreviate, cohort_of_files, read_cohort
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.files import read_json
 from gasnet_nnunet.parallel import run_jobs
-from gasnet_nnunet.raw_dataset import Dataset, find_dataset, read_json
+from gasnet_nnunet.raw_dataset import Dataset, find_dataset
 from gasnet_nnunet.splits import check_splits
 from gasnet_nnunet.volumes import Grid, grid_difference, read_grid, read_volume
 

@@ -1,16 +1,25 @@
-"""HTML pages of one file each: the frame, the style and the escaping that all reports share."""
+"""HTML pages of one file each: the frame, the style, the escaping and the small pictures that all reports share."""
 
 from __future__ import annotations
 
 import base64
 import functools
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from gasnet_nnunet import __version__
 from gasnet_nnunet.files import write_text
+
+PICTURE_WIDTH = 240
+
+Colour = tuple[int, int, int]
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
@@ -34,6 +43,34 @@ def inline(picture: bytes, kind: str = "png") -> str:
         'data:image/png;base64,Li4u'
     """
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def slice_picture(
+    values: NDArray[Any],
+    window: tuple[float, float],
+    outlines: Sequence[tuple[NDArray[np.bool_], Colour]] = (),
+    aspect: float = 1.0,
+) -> bytes:
+    """A small PNG of a slice.
+
+    Args:
+        values: Intensities (Y, X).
+        window: Intensities shown as black and as white.
+        outlines: Masks (Y, X) and the colours of their outlines; the later cover the earlier.
+        aspect: Height of a pixel over its width.
+    """
+    height, width = values.shape
+    size = (PICTURE_WIDTH, max(1, round(PICTURE_WIDTH * aspect * height / width)))
+    grey = np.clip((values - window[0]) / (window[1] - window[0]), 0, 1) * 255
+    shown = np.array(Image.fromarray(grey.astype(np.uint8)).resize(size, Image.Resampling.BOX).convert("RGB"))
+    for mask, colour in outlines:
+        inside = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        padded = np.pad(inside, 1)
+        core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        shown[inside & ~core] = colour
+    buffer = io.BytesIO()
+    Image.fromarray(shown).save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
 
 
 @functools.cache

@@ -29,11 +29,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, cohort_of_files
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json
+from gasnet_nnunet.files import read_json, write_json
+from gasnet_nnunet.fine_tuning import Origin, read_origin
 from gasnet_nnunet.geometry import Geometry, Patch, Topology, choose_geometry, covering_extent, nnunet_topology
 from gasnet_nnunet.lungs import CaseGeometry
 from gasnet_nnunet.organ_masks import ensure_organ_masks
-from gasnet_nnunet.raw_dataset import Dataset, check_grids, check_measures, find_dataset, measure_dataset, read_json
+from gasnet_nnunet.raw_dataset import Dataset, check_grids, check_measures, find_dataset, measure_dataset
+from gasnet_nnunet.segmenters import SEGMENTERS, apply_segmenter, segmenter_of
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings, load_preset, parse_assignments
 from gasnet_nnunet.splits import check_splits, make_splits, read_fold, write_splits
 
@@ -59,6 +61,7 @@ class PlanningChoices:
         batch_size: Patches of a batch; by nnU-Net's rule if `None`.
         hu_window: CT window in HU that the preprocessing clips to; if `None`, the paper's
             [-1250, 250] for lungs and the data's 0.5 and 99.5 percentiles for other organs.
+        segmenter: Which network S is, a name of `segmenters.SEGMENTERS`.
     """
 
     patch_size: tuple[PatchEdge, PatchEdge, PatchEdge] | None = None
@@ -66,8 +69,11 @@ class PlanningChoices:
     max_features: Count = 320
     batch_size: Count | None = None
     hu_window: tuple[float, float] | None = None
+    segmenter: str = "plain"
 
     def __post_init__(self) -> None:
+        if self.segmenter not in SEGMENTERS:
+            raise ValueError(f"there is no segmenter '{self.segmenter}'; segmenters are {', '.join(SEGMENTERS)}")
         if self.hu_window is not None and not self.hu_window[0] < self.hu_window[1]:
             raise ValueError(f"hu_window must rise, not run from {self.hu_window[0]} to {self.hu_window[1]}")
 
@@ -95,28 +101,58 @@ class PlanningChoices:
 
 
 def resolve_choices(
-    preset: str, patch_size: Patch | None, features: Sequence[int], assignments: Sequence[str]
+    preset: str | None,
+    patch_size: Patch | None,
+    features: Sequence[int],
+    assignments: Sequence[str],
+    *,
+    segmenter: str | None = None,
+    init_from: str | Path | None = None,
 ) -> tuple[PlanningChoices, GASNetSettings]:
-    """Preset, then `--patch`, `--features` and `--set`: the later wins.
+    """Preset, then `--patch`, `--features`, `--segmenter` and `--set`: the later wins.
 
     `--set` takes GASNet's settings and, because presets hold them too, the planner's `batch_size`, `max_features` and
-    `hu_window`.
+    `hu_window`. With `init_from`, from either place, the plans in that checkpoint take the place of a preset.
 
     Raises:
-        UserError: An unknown preset or setting, or an impossible value.
+        UserError: An unknown preset or setting, an impossible value, or one that the checkpoint has settled.
     """
-    base = load_preset(preset)
     assigned = parse_assignments(list(assignments))
-    planning = {**base.planning, **{name: assigned.pop(name) for name in PlanningChoices.names() if name in assigned}}
+    planning = {name: assigned.pop(name) for name in PlanningChoices.names() if name in assigned}
     if patch_size is not None:
         planning["patch_size"] = patch_size
     if features:
         planning["base_features"] = features[0] if len(features) == 1 else tuple(features)
+    if segmenter is not None:
+        planning["segmenter"] = segmenter
+    checkpoint = init_from if init_from is not None else assigned.get("init_from")
+    if checkpoint is not None:
+        settled = [*(["--preset"] if preset is not None else []), *(name for name in planning if name != "batch_size")]
+        if settled:
+            raise UserError(
+                f"With --init-from the network, spacing, patch and HU window are those in {checkpoint}, because its "
+                f"weights fit no others. Leave out {', '.join(settled)}."
+            )
+        origin = read_origin(checkpoint)
+        base, settings = _choices_of(origin), origin.settings
+        assigned["init_from"] = str(origin.path)
+    else:
+        chosen = load_preset(preset or "default")
+        base, settings = chosen.planning, chosen.settings
     changes = GASNetSettings.from_dict(assigned, source="--set").to_dict()
-    settings = base.settings.replace(**{name: changes[name] for name in assigned})
+    settings = settings.replace(**{name: changes[name] for name in assigned})
     if settings.patches == "auto":
         settings = settings.replace(patches="volume")
-    return PlanningChoices.from_dict(planning), settings
+    return PlanningChoices.from_dict({**base, **planning}), settings
+
+
+def _choices_of(origin: Origin) -> dict[str, Any]:
+    """What the plans of a trained model leave to choose and what the command says of them."""
+    return {
+        "patch_size": tuple(origin.configuration["patch_size"]),
+        "batch_size": origin.configuration["batch_size"],
+        "segmenter": segmenter_of(origin.configuration) or "plain",
+    }
 
 
 def fingerprint_is_current(dataset: Dataset) -> bool:
@@ -140,6 +176,7 @@ class WholeLungPlanner(ExperimentPlanner):
         settings: GASNet's settings, to be written into the plans.
         plans_name: Name of the plans.
         gpu_memory_gb: Memory target of nnU-Net's VRAM rule in GB.
+        origin: Trained model that the training goes on from, whose network, geometry and intensities are taken over.
     """
 
     def __init__(
@@ -151,6 +188,7 @@ class WholeLungPlanner(ExperimentPlanner):
         *,
         plans_name: str,
         gpu_memory_gb: float = 8.0,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__(
             dataset.name, gpu_memory_target_in_gb=gpu_memory_gb, plans_name=plans_name, suppress_transpose=True
@@ -159,6 +197,8 @@ class WholeLungPlanner(ExperimentPlanner):
         self.measures = measures
         self.choices = choices
         self.settings = settings
+        self.origin = origin
+        self.UNet_reference_val_3d = SEGMENTERS[choices.segmenter].feature_maps_in_8_gb
         self.UNet_max_features_3d = choices.max_features
         self._feature_maps: dict[tuple[Any, ...], int] = {}
 
@@ -170,6 +210,8 @@ class WholeLungPlanner(ExperimentPlanner):
     @cached_property
     def geometry(self) -> Geometry:
         """Spacing, patch and topology."""
+        if self.origin is not None:
+            return _geometry_of(self.origin)
         return choose_geometry(
             self.extents,
             np.array([measure.spacing for measure in self.measures.values()]),
@@ -200,28 +242,26 @@ class WholeLungPlanner(ExperimentPlanner):
         return tuple(min(features, most) for features in base)
 
     def architecture(self, topology: Topology) -> dict[str, Any]:
-        """nnU-Net's plain U-Net of a topology, as it stands in the plans."""
+        """S for a topology, as it stands in the plans."""
+        if self.origin is not None:
+            return dict(self.origin.configuration["architecture"])
         stages = len(topology.strides)
-        return {
-            "network_class_name": f"{self.UNet_class.__module__}.{self.UNet_class.__name__}",
-            "arch_kwargs": {
-                "n_stages": stages,
-                "features_per_stage": self.features_per_stage(stages),
-                "conv_op": "torch.nn.modules.conv.Conv3d",
-                "kernel_sizes": topology.kernel_sizes,
-                "strides": topology.strides,
-                "n_conv_per_stage": self.UNet_blocks_per_stage_encoder[:stages],
-                "n_conv_per_stage_decoder": self.UNet_blocks_per_stage_decoder[: stages - 1],
-                "conv_bias": True,
-                "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-                "dropout_op": None,
-                "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-            },
-            "_kw_requires_import": ("conv_op", "norm_op", "dropout_op", "nonlin"),
+        shared = {
+            "n_stages": stages,
+            "features_per_stage": self.features_per_stage(stages),
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": topology.kernel_sizes,
+            "strides": topology.strides,
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
         }
+        configuration = apply_segmenter({"architecture": {"arch_kwargs": shared}}, self.choices.segmenter)
+        return dict(configuration["architecture"])
 
     def feature_maps(self, topology: Topology) -> int:
         """Feature map voxels of S for one patch: nnU-Net's measure of memory."""
@@ -267,6 +307,8 @@ class WholeLungPlanner(ExperimentPlanner):
         because nnU-Net pads with 0, in training and in prediction: a patch that holds the lungs is larger than many a
         scan, and a slab of mean HU beside the lungs is nothing that S could know.
         """
+        if self.origin is not None:
+            return dict(self.origin.plans["foreground_intensity_properties_per_channel"])
         low, high = self.hu_window()
         window = {"percentile_00_5": low, "percentile_99_5": high, "mean": low, "std": (high - low) / 2}
         found = self.dataset_fingerprint["foreground_intensity_properties_per_channel"]
@@ -309,6 +351,10 @@ class WholeLungPlanner(ExperimentPlanner):
             "batch_dice": False,
             PLANS_KEY: self.settings.to_dict(),
         }
+        if self.origin is not None:
+            # All else, such as spacing, normalisation and resampling, is what its weights are used to.
+            ours = ("data_identifier", "batch_size", "median_image_size_in_voxels", PLANS_KEY)
+            configuration = {**self.origin.configuration, **{name: configuration[name] for name in ours}}
         plans = {
             "dataset_name": self.dataset_name,
             "plans_name": self.plans_identifier,
@@ -334,6 +380,24 @@ class WholeLungPlanner(ExperimentPlanner):
         if path.is_file():
             plans["configurations"] = {**read_json(path)["configurations"], **plans["configurations"]}
         write_json(path, plans)
+
+
+def _geometry_of(origin: Origin) -> Geometry:
+    """Spacing, patch and topology of a trained model.
+
+    Raises:
+        UserError: It is not three-dimensional, or its axes are transposed.
+    """
+    if len(origin.configuration["patch_size"]) != 3 or list(origin.plans["transpose_forward"]) != [0, 1, 2]:
+        raise UserError(
+            f"The model in {origin.path} is 2D or was planned with other axes than (Z, Y, X), which these plans cannot "
+            "take over. Start from one that gasnet-nnunet plan has planned."
+        )
+    kwargs = origin.configuration["architecture"]["arch_kwargs"]
+    z, y, x = origin.configuration["patch_size"]
+    spacing_z, spacing_y, spacing_x = origin.configuration["spacing"]
+    strides, kernel_sizes = (tuple(map(tuple, kwargs[name])) for name in ("strides", "kernel_sizes"))
+    return Geometry((spacing_z, spacing_y, spacing_x), Topology(strides, kernel_sizes, (z, y, x)))
 
 
 def plans_path(dataset: Dataset, plans_name: str) -> Path:
@@ -374,6 +438,7 @@ class Planned:
         splits_file: `splits_final.json`.
         folds: Number of its folds.
         splits_are_ours: False where another split file was there and kept.
+        origin: Trained model that the training goes on from.
     """
 
     dataset: Dataset
@@ -386,6 +451,7 @@ class Planned:
     splits_file: Path
     folds: int
     splits_are_ours: bool
+    origin: Origin | None = None
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -429,6 +495,8 @@ class Planned:
     @property
     def window_reason(self) -> str:
         """Where the CT window comes from."""
+        if self.origin is not None:
+            return "that of the checkpoint."
         if self.choices.hu_window is not None:
             return "given."
         return "the paper's." if self.settings.organ == "lungs" else "0.5 and 99.5 percentile of the median scan."
@@ -484,6 +552,10 @@ def make_plans(
     """
     dataset = find_dataset(name_or_id)
     check_plans_name(dataset, plans_name)
+    origin = read_origin(settings.init_from) if settings.init_from is not None else None
+    if origin is not None:
+        origin.check_dataset(dataset.dataset_json)
+        origin.check_adversary(settings)
     if settings.organ != "volume" and 0 not in dataset.ct_channels:
         names = ", ".join(map(str, dataset.dataset_json["channel_names"].values()))
         raise UserError(
@@ -510,7 +582,7 @@ def make_plans(
                 dataset.number, num_processes=num_processes, verbose=False, show_progress_bar=progress
             )
         planner = WholeLungPlanner(
-            dataset, measures, choices, settings, plans_name=plans_name, gpu_memory_gb=gpu_memory_gb
+            dataset, measures, choices, settings, plans_name=plans_name, gpu_memory_gb=gpu_memory_gb, origin=origin
         )
         plans = planner.plan_experiment()
     check_trained_models(dataset, plans)
@@ -529,6 +601,7 @@ def make_plans(
         splits_file=splits_file,
         folds=check_splits(splits_file, cohort),
         splits_are_ours=ours,
+        origin=origin,
     )
 
 

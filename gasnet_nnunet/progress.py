@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # One colour a kind of input, the same wherever D's view of it is drawn.
 INPUT_COLOURS = {"healthy": "#2a9d5c", "restored": "#2f6fb7", "diseased": "#c8352c", "generated": "#e39a1c"}
-OTHER_COLOURS = ("#2f6fb7", "#2a9d5c", "#c8352c", "#e39a1c")
+OTHER_COLOURS = ("#2f6fb7", "#2a9d5c", "#c8352c", "#8a5fb0", "#e39a1c")
 
 GALLERY_PANELS = ("I_d", "M^", "I_g", "I_s", "I_ps", "M_ps")
 """Names of the panels of a gallery row, in the order they are drawn."""
@@ -87,46 +87,50 @@ class TrainingCurves:
 
     def plot(self) -> None:
         """Draw every known column into `gasnet_progress.png`; columns that hold no number are left out."""
-        rows = self.read()
         # nnU-Net calls seaborn.set(), so the look is set here instead of being what happens to be configured.
         with matplotlib.style.context("default"):
-            figure = Figure(figsize=(16, 13))
-            # Fixed margins: matplotlib's layout engine would take longer than a short epoch.
-            margins = {"left": 0.05, "right": 0.985, "bottom": 0.04, "top": 0.97, "wspace": 0.12, "hspace": 0.27}
-            axes = figure.subplots(3, 2, gridspec_kw=margins)
-            supervised = dict(zip(("L_lab", "L_hea", "L_MIL", "L_ps"), OTHER_COLOURS, strict=True))
-            _draw(axes[0, 0], rows, supervised, "Losses of S")
-            labels = {"L_adv": "L_adv (S + G)", "L_IgToD": "L_IgToD (G)", "L_recons": "L_recons (G)"}
-            adversarial = dict(zip(labels, OTHER_COLOURS, strict=False))
-            _draw(axes[0, 1], rows, adversarial, "Adversarial losses and reconstruction", labels=labels)
-
-            names = {"healthy": "I_h", "restored": "I_s", "diseased": "I_d", "generated": "I_g"}
-            losses = {f"L_D_{kind}": colour for kind, colour in INPUT_COLOURS.items()}
-            _draw(axes[1, 0], rows, losses, "Loss of D on each input", labels={f"L_D_{k}": v for k, v in names.items()})
-            axes[1, 0].axhline(math.log(2), color="0.5", linestyle=":", linewidth=1)
-            probabilities = {f"D_{kind}": colour for kind, colour in INPUT_COLOURS.items()}
-            _draw(
-                axes[1, 1],
-                rows,
-                probabilities,
-                'D\'s mean probability of "not healthy" (aim: I_h 0, others 1)',
-                labels={f"D_{k}": v for k, v in names.items()},
-                limits=(-0.02, 1.02),
-            )
-            axes[1, 1].axhline(0.5, color="0.5", linestyle=":", linewidth=1)
-
-            held_out = {"M_healthy": INPUT_COLOURS["healthy"], "M_diseased": INPUT_COLOURS["diseased"]}
-            labels = {"M_healthy": "healthy", "M_diseased": "diseased"}
-            _draw(axes[2, 0], rows, held_out, "Mean M^ on held-out volumes (collapse: healthy rises)", labels=labels)
-            scores = {"pseudo_dice": OTHER_COLOURS[0], "score": OTHER_COLOURS[3]}
-            labels = {"pseudo_dice": "validation Dice", "score": "score that picks checkpoint_best"}
-            _draw(axes[2, 1], rows, scores, "Validation", labels=labels)
-            _save(figure, self.figure_file, dpi=90)
+            _save(draw_curves(self.read()), self.figure_file, dpi=90)
 
     def _write(self, rows: pd.DataFrame) -> None:
         temporary = self.csv_file.with_name(f".{self.csv_file.name}.tmp")
         rows.to_csv(temporary, index=False)
         os.replace(temporary, self.csv_file)
+
+
+def draw_curves(rows: pd.DataFrame) -> Figure:
+    """The figure of all known columns of `TrainingCurves.read`; columns that hold no number are left out."""
+    figure = Figure(figsize=(16, 13))
+    # Fixed margins: matplotlib's layout engine would take longer than a short epoch.
+    margins = {"left": 0.05, "right": 0.985, "bottom": 0.04, "top": 0.97, "wspace": 0.12, "hspace": 0.27}
+    axes = figure.subplots(3, 2, gridspec_kw=margins)
+    supervised = dict(zip(("L_lab", "L_hea", "L_MIL", "L_out", "L_ps"), OTHER_COLOURS, strict=True))
+    _draw(axes[0, 0], rows, supervised, "Losses of S")
+    labels = {"L_adv": "L_adv (S + G)", "L_IgToD": "L_IgToD (G)", "L_recons": "L_recons (G)"}
+    adversarial = dict(zip(labels, OTHER_COLOURS, strict=False))
+    _draw(axes[0, 1], rows, adversarial, "Adversarial losses and reconstruction", labels=labels)
+
+    names = {"healthy": "I_h", "restored": "I_s", "diseased": "I_d", "generated": "I_g"}
+    losses = {f"L_D_{kind}": colour for kind, colour in INPUT_COLOURS.items()}
+    _draw(axes[1, 0], rows, losses, "Loss of D on each input", labels={f"L_D_{k}": v for k, v in names.items()})
+    axes[1, 0].axhline(math.log(2), color="0.5", linestyle=":", linewidth=1)
+    probabilities = {f"D_{kind}": colour for kind, colour in INPUT_COLOURS.items()}
+    _draw(
+        axes[1, 1],
+        rows,
+        probabilities,
+        'D\'s mean probability of "not healthy" (aim: I_h 0, others 1)',
+        labels={f"D_{k}": v for k, v in names.items()},
+        limits=(-0.02, 1.02),
+    )
+    axes[1, 1].axhline(0.5, color="0.5", linestyle=":", linewidth=1)
+
+    held_out = {"M_healthy": INPUT_COLOURS["healthy"], "M_diseased": INPUT_COLOURS["diseased"]}
+    labels = {"M_healthy": "healthy", "M_diseased": "diseased"}
+    _draw(axes[2, 0], rows, held_out, "Mean M^ on held-out volumes (collapse: healthy rises)", labels=labels)
+    scores = {"pseudo_dice": OTHER_COLOURS[0], "score": OTHER_COLOURS[3]}
+    labels = {"pseudo_dice": "validation Dice", "score": "score that picks checkpoint_best"}
+    _draw(axes[2, 1], rows, scores, "Validation", labels=labels)
+    return figure
 
 
 def save_gallery(

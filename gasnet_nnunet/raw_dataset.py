@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from pydantic import TypeAdapter
 
 from gasnet_nnunet.cohort import abbreviate, raise_problems
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json
+from gasnet_nnunet.files import read_json, write_json
 from gasnet_nnunet.lungs import CaseGeometry, measure_case
 from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import run_jobs
@@ -84,6 +83,42 @@ class Dataset:
         return [channel for channel, name in enumerate(names) if str(name).casefold() == "ct"]
 
 
+@dataclasses.dataclass(frozen=True)
+class DatasetFolders:
+    """Where nnU-Net keeps a dataset, whether or not the folders are there.
+
+    Args:
+        raw: Its folder in nnUNet_raw.
+        preprocessed: Its folder in nnUNet_preprocessed.
+        results: Its folder in nnUNet_results.
+    """
+
+    raw: Path
+    preprocessed: Path
+    results: Path
+
+    def of_cases(self, training: bool) -> tuple[Path, Path, Path]:
+        """Folders of images, masks and lung masks of the training or else of the test cases."""
+        if not training:
+            return self.raw / "imagesTs", self.raw / "labelsTs", self.raw / "lungsTs"
+        # Those that nnU-Net validates on; the raw dataset may have been deleted since.
+        return self.raw / "imagesTr", self.preprocessed / "gt_segmentations", self.raw / "lungsTr"
+
+
+def dataset_folders(name_or_id: str) -> DatasetFolders:
+    """Where nnU-Net keeps a dataset.
+
+    Args:
+        name_or_id: `501`, `Dataset501_Covid`.
+
+    Raises:
+        UserError: nnU-Net's folders are not set; no or several datasets of that id.
+    """
+    _check_folders_set()
+    name = _dataset_name(name_or_id)
+    return DatasetFolders(Path(nnUNet_raw) / name, Path(nnUNet_preprocessed) / name, Path(nnUNet_results) / name)
+
+
 def find_dataset(name_or_id: str) -> Dataset:
     """Find a raw dataset and check that it is whole, before any long work.
 
@@ -94,9 +129,7 @@ def find_dataset(name_or_id: str) -> Dataset:
         UserError: nnU-Net's folders are not set; no or several datasets of that id; `dataset.json` missing, broken or
             incomplete; no cases, or a case whose number of channels is wrong.
     """
-    for variable, folder in NNUNET_FOLDERS.items():
-        if not folder.is_set():
-            raise UserError(f"{variable} is not set. nnU-Net needs it: export {variable}=/a/folder")
+    _check_folders_set()
     name = _dataset_name(name_or_id)
     raw = Path(nnUNet_raw) / name
     path = raw / "dataset.json"
@@ -125,6 +158,12 @@ def find_dataset(name_or_id: str) -> Dataset:
     return Dataset(name, raw, Path(nnUNet_preprocessed) / name, dataset_json, files)
 
 
+def _check_folders_set() -> None:
+    for variable, folder in NNUNET_FOLDERS.items():
+        if not folder.is_set():
+            raise UserError(f"{variable} is not set. nnU-Net needs it: export {variable}=/a/folder")
+
+
 def _dataset_name(name_or_id: str) -> str:
     if re.fullmatch(r"Dataset\d{3,}_.+", name_or_id):
         return name_or_id
@@ -136,21 +175,6 @@ def _dataset_name(name_or_id: str) -> str:
         folders = ", ".join(f"{variable}={folder}" for variable, folder in NNUNET_FOLDERS.items())
         raise UserError(f"Expected one dataset of id {name_or_id}, found {which} in {folders}.")
     return found[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: The file is no readable JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no readable JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; a JSON object is expected.")
-    return content
 
 
 def measure_dataset(

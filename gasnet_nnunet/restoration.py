@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gasnet_nnunet.burden import burden_of, find_lungs
-from gasnet_nnunet.case_report import IndexRow, read_row, report_name, write_case_report, write_index
+from gasnet_nnunet.case_report import IndexRow, report_name, write_case_report, write_index
 from gasnet_nnunet.cohort import abbreviate
 from gasnet_nnunet.dataset_conversion.dicom_series import DicomVolume
 from gasnet_nnunet.dicom_seg import label_names, write_dicom_seg
@@ -116,14 +116,9 @@ def restore_cases(
             outcomes.append(worker.run(ledger))
         advance(len(cases), None)
     if options.report and not options.mask_only:
-        write_index(out / INDEX_FILE, [_index_row(outcome, out) for outcome in outcomes])
+        rows = [IndexRow(one.case, one.burden or {}, one.warnings, one.problem or None) for one in outcomes]
+        write_index(out / INDEX_FILE, rows)
     return outcomes
-
-
-def _index_row(outcome: Outcome, out: Path) -> IndexRow:
-    if outcome.state == "failed":
-        return IndexRow(outcome.case, failed=outcome.problem)
-    return read_row(out / report_name(outcome.case))
 
 
 def _within(advance: Callable[[float, str | None], None], number: int, done: float) -> None:
@@ -287,7 +282,6 @@ class _CaseWorker:
 
     def _write_report(self, images: Sequence[Any], burden: Mapping[str, Any], warnings: Sequence[str]) -> None:
         ct, mask, restored, difference = images
-        shown = {name: value for name, value in burden.items() if name != "component_ml"}
         write_case_report(
             self._temporary(report_name(self.case.name)),
             case=self.case.name,
@@ -295,7 +289,7 @@ class _CaseWorker:
             mask=mask,
             restored=restored,
             difference=difference,
-            burden=shown,
+            burden=burden,
             model=self.model.description,
             warnings=warnings,
         )

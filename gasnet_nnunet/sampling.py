@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from gasnet_nnunet.lungs import Box
 from gasnet_nnunet.organ_masks import OrganMasks
+from gasnet_nnunet.synthesis import paste_lesions, soft_border
 
 GEOMETRY = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert2DTo3DTransform)
 
@@ -112,6 +113,13 @@ class VolumeReader:
         """
         return read_patch(self.dataset.load_case(case)[0], start, size, self.low)
 
+    def label(self, case: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        """A patch of the label map of a voxel-labelled case; what nnU-Net crops away counts as background.
+
+        Shape: -> (1, *size) float32, label values
+        """
+        return read_patch(self.dataset.load_case(case)[1], start, size)[:1].clamp(min=0)
+
     def mask(self, case: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
         """A patch of the lung mask.
 
@@ -128,11 +136,13 @@ class PairTransform:
         low: As in `VolumeReader`.
 
     Attributes:
+        targets: Transforms that make the targets of nnU-Net's loss out of a label map.
         left_out: Names of transforms that neither move a patch nor change its intensities alone; pairs do without them.
     """
 
     def __init__(self, transforms: ComposeTransforms, low: Tensor) -> None:
         self.geometry: list[BasicTransform] = [t for t in transforms.transforms if isinstance(t, GEOMETRY)]
+        self.targets: list[BasicTransform] = [t for t in transforms.transforms if isinstance(t, SegOnlyTransform)]
         self.intensity: list[BasicTransform] = [t for t in transforms.transforms if _changes_image_only(t)]
         self.left_out = [
             type(t).__name__
@@ -145,7 +155,7 @@ class PairTransform:
         """Augment images (offset by `low`, as `VolumeReader.image` gives them) and their masks.
 
         Returns:
-            The images, nnU-Net-normalised, and the masks, 0 or 1.
+            The images, nnU-Net-normalised, and the masks (label values; 0 where nnU-Net pads).
         """
         channels = images[0].shape[0]
         data: dict[str, Any] = {"image": torch.cat(images), "segmentation": torch.cat(masks).to(torch.int16)}
@@ -154,7 +164,7 @@ class PairTransform:
         moved = [image + self.low for image in data["image"].split(channels)]
         for transform in self.intensity:
             moved = [transform(image=image)["image"] for image in moved]
-        return moved, list((data["segmentation"] > 0).float().split(1))
+        return moved, list(data["segmentation"].clamp(min=0).float().split(1))
 
 
 class PairLoader(SlimDataLoaderBase):
@@ -202,6 +212,7 @@ class PairLoader(SlimDataLoaderBase):
         self.bag = bag
         self.jitter = jitter
         self.with_diseased_mask = with_diseased_mask
+        self.names = ["diseased", "healthy", "lungs", *(["lungs_diseased"] if with_diseased_mask else [])]
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Draw a batch."""
@@ -213,29 +224,85 @@ class PairLoader(SlimDataLoaderBase):
         cases_h = np.resize(rng.choice(self.healthy, patients, replace=len(self.healthy) < patients), count)
         positions = spread_positions(count, rng).tolist()
         shifts = rng.uniform(-self.jitter, self.jitter, (count, 3)).tolist()
-        items: list[list[Tensor]] = []
+        items: list[tuple[Tensor, ...]] = []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             for case_d, case_h, position, shift in zip(cases_d, cases_h, positions, shifts, strict=True):
                 items.append(self._pair(str(case_d), str(case_h), position, shift))
-        names = ["diseased", "healthy", "lungs", "lungs_diseased"]
         batch: dict[str, Any] = {
-            name: torch.stack(tensors) for name, tensors in zip(names, zip(*items, strict=True), strict=False)
+            name: torch.stack(tensors) for name, tensors in zip(self.names, zip(*items, strict=True), strict=True)
         }
         batch["keys"] = [(str(d), str(h)) for d, h in zip(cases_d, cases_h, strict=True)]
         return batch
 
-    def _pair(self, case_d: str, case_h: str, position: Sequence[float], shift: Sequence[float]) -> list[Tensor]:
+    def _starts(
+        self, case_d: str, case_h: str, position: Sequence[float], shift: Sequence[float]
+    ) -> tuple[list[int], list[int]]:
+        """Where the patches of a pair begin, so that their lungs lie on each other."""
+        boxes = [self._data.masks.box(case) for case in (case_d, case_h)]
+        start_d, start_h = (patch_start(box, position, self.patch_size, self.read_size, shift) for box in boxes)
+        return start_d, start_h
+
+    def _pair(self, case_d: str, case_h: str, position: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, ...]:
         reader: VolumeReader = self._data
-        start_d, start_h = (
-            patch_start(reader.masks.box(case), position, self.patch_size, self.read_size, shift)
-            for case in (case_d, case_h)
-        )
+        start_d, start_h = self._starts(case_d, case_h, position, shift)
         images = [reader.image(case_d, start_d, self.read_size), reader.image(case_h, start_h, self.read_size)]
         masks = [reader.mask(case_h, start_h, self.read_size)]
         if self.with_diseased_mask:
             masks.append(reader.mask(case_d, start_d, self.read_size))
         moved, masks = self.transform(images, masks)
-        return [*moved, *masks]
+        return (*moved, *masks)
+
+
+class PastedLoader(PairLoader):
+    """Endless stream of labelled lesions in healthy volumes: I_ps of the voxel-labelled cases, whose mask is known.
+
+    The labelled patient and the healthy one are augmented each in its own way, so that a lesion comes to lie in many
+    places of many lungs. A batch holds "data" (B, C, Z, Y, X), nnU-Net-normalised, and "target" as nnU-Net's own loader
+    gives it, regions and deep-supervision levels included.
+
+    Args:
+        strength: Range of the share of the lesion in the sum of lesion and healthy tissue; see
+            `synthesis.paste_lesions`.
+        lesions: Label values that are lesion.
+        **options: As in `PairLoader`; `diseased` are the voxel-labelled cases.
+    """
+
+    def __init__(self, *args: Any, strength: tuple[float, float], lesions: Sequence[int], **options: Any) -> None:
+        super().__init__(*args, bag=False, with_diseased_mask=False, **options)
+        self.names = ["diseased", "healthy", "lungs", "labels"]
+        self.strength = strength
+        self.lesions = torch.tensor(list(lesions), dtype=torch.float32)
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """Draw a batch."""
+        batch = super().generate_train_batch()
+        labels = batch["labels"] * batch["lungs"]
+        lesions = torch.isin(labels, self.lesions).float()
+        strengths = np.random.uniform(*self.strength, size=len(lesions)).tolist()
+        mask = soft_border(lesions) * batch["lungs"] * torch.tensor(strengths)[:, None, None, None, None]
+        targets: list[Any] = []
+        for label in labels * lesions:
+            data: dict[str, Any] = {"segmentation": label.to(torch.int16)}
+            for transform in self.transform.targets:
+                data = transform(**data)
+            targets.append(data["segmentation"])
+        stacked = (
+            [torch.stack(level) for level in zip(*targets, strict=True)]
+            if isinstance(targets[0], list)
+            else torch.stack(targets)
+        )
+        return {"data": paste_lesions(batch["diseased"], batch["healthy"], mask), "target": stacked}
+
+    def _pair(self, case_d: str, case_h: str, position: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, ...]:
+        reader: VolumeReader = self._data
+        start_d, start_h = self._starts(case_d, case_h, position, shift)
+        diseased, labels = self.transform(
+            [reader.image(case_d, start_d, self.read_size)], [reader.label(case_d, start_d, self.read_size)]
+        )
+        healthy, lungs = self.transform(
+            [reader.image(case_h, start_h, self.read_size)], [reader.mask(case_h, start_h, self.read_size)]
+        )
+        return (*diseased, *healthy, *lungs, *labels)
 
 
 def watch_patches(reader: VolumeReader, case: str, patch_size: Sequence[int], count: int) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,8 @@ class GASNetSettings:
         save_every_minutes: `checkpoint_latest.pth` is written at the end of the first epoch that ends this many
             minutes after the last save (and every 50 epochs, as in nnU-Net).
         gallery_every_epochs: How often the gallery of I_d, M^, I_g, I_s, I_ps and M_ps is drawn; 0 for never.
+        cpu_bfloat16: Train in bfloat16 on a CPU that computes in it (AVX512-BF16, AMX), which is nearly twice as fast;
+            other CPUs train in single precision, cuda in nnU-Net's half precision. D is always in single precision.
         optimizer_s: Optimiser of S: nnU-Net's SGD (Nesterov momentum 0.99) or Adam (the authors' code).
         learning_rate_s: Initial learning rate of S; decays by nnU-Net's polynomial schedule.
         weight_decay_s: Weight decay of S.
@@ -63,6 +65,10 @@ class GASNetSettings:
         weight_healthy: Weight of L_hea, the cross-entropy of S(I_h) against zero.
         weight_mil: Weight of L_MIL.
         weight_pseudo: Weight of L_ps.
+        weight_outside: Weight of L_out, the cross-entropy of S(I_d) against zero farther than `outside_margin_mm` from
+            the lungs of I_d: what is known of a diseased volume without a mask. Not in the paper.
+        outside_margin_mm: Distance from the lungs in mm up to which L_out says nothing, because a consolidation may
+            have been taken for the chest wall when the lungs were found.
         weight_adversarial: Weight of `BCE(D(I_s), 0)` in the S+G step; 0 takes I_s out of D's step as well.
         weight_generated: Weight of L_IgToD, in the S+G step and in D's step.
         weight_diseased: Weight of L_IdToD in D's step.
@@ -74,6 +80,12 @@ class GASNetSettings:
         pseudo_margin: The paper's xi: M_ps is lesion from 0.5 + xi on, background up to 0.5 - xi, ignored between.
         pseudo_ignore_above: Voxels with m above this and not above 0.5 - xi are ignored as well, instead of becoming
             background although I_ps carries some of the lesion; `None` as published.
+        pasted_share: Share of the labelled patches in which the labelled lesions lie in a healthy volume, each moved
+            and augmented in its own way: L_ps of a case whose mask is known. Not in the paper, where it is 0.
+        paste_strength: Range from which the strength of a pasted lesion is drawn, for both kinds of pasting; below 1
+            the healthy tissue shines through (1 to 1: the paper).
+        averaged_iterations: Iterations over which S is averaged (exponentially); the average teaches L_ps, is
+            validated, saved and predicts. 1 for S as it is (the paper).
         patches: Whether a patch holds the whole lungs ("volume") or a diseased patient is a bag of patches ("bag").
             "auto" takes "volume" for plans by `gasnet-nnunet plan` and "bag" for nnU-Net's own.
         bag_size: Patches of one patient that make a bag; at least 4 where the patches are bags.
@@ -93,6 +105,8 @@ class GASNetSettings:
         window: Lower and upper end of each channel's intensity window in nnU-Net-normalised units, which become -1
             and 1 for G and D. `None` for the clip bounds of CTNormalization, or the 0.5 and 99.5 percentiles of the
             preprocessed data where another scheme is planned.
+        init_from: Checkpoint of a model of ours whose S (with its heads), G and D the training starts from, for
+            instance to go on with another archive (the paper's GASNet_finetune).
 
     Examples:
         >>> GASNetSettings(num_epochs=5).num_epochs
@@ -107,6 +121,7 @@ class GASNetSettings:
     seed: Annotated[int, Field(ge=0)] | None = None
     save_every_minutes: Annotated[float, Field(gt=0.0)] = 10.0
     gallery_every_epochs: Annotated[int, Field(ge=0)] = 5
+    cpu_bfloat16: bool = False
 
     optimizer_s: Literal["sgd", "adam"] = "sgd"
     learning_rate_s: LearningRate = 1e-2
@@ -129,6 +144,8 @@ class GASNetSettings:
     weight_healthy: Weight = 1.0
     weight_mil: Weight = 1.0
     weight_pseudo: Weight = 1.0
+    weight_outside: Weight = 1.0
+    outside_margin_mm: Annotated[float, Field(ge=0.0)] = 20.0
     weight_adversarial: Weight = 1.0
     weight_generated: Weight = 1.0
     weight_diseased: Weight = 1.0
@@ -136,9 +153,12 @@ class GASNetSettings:
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     restore_within_organ: bool = False
 
-    pseudo_start: Fraction = 0.5
+    pseudo_start: Fraction = 0.25
     pseudo_margin: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.3
     pseudo_ignore_above: Fraction | None = None
+    pasted_share: Fraction = 0.5
+    paste_strength: tuple[Fraction, Fraction] = (0.5, 1.0)
+    averaged_iterations: Count = 20
 
     patches: Literal["auto", "volume", "bag"] = "auto"
     bag_size: Count = 4
@@ -152,6 +172,7 @@ class GASNetSettings:
     rotation_degrees: Annotated[float, Field(ge=0.0, le=180.0)] | None = 15.0
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] | None = (2,)
     window: tuple[tuple[float, float], ...] | None = None
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         of_s = ("weight_labelled", "weight_healthy", "weight_mil", "weight_pseudo", "weight_adversarial")
@@ -161,6 +182,8 @@ class GASNetSettings:
             raise ValueError(f"bag_size is {self.bag_size}, but a bag needs at least 4 patches to cover the lungs")
         if self.mirror_axes is not None and len(set(self.mirror_axes)) != len(self.mirror_axes):
             raise ValueError(f"mirror_axes names an axis twice: {list(self.mirror_axes)}")
+        if not self.paste_strength[0] <= self.paste_strength[1]:
+            raise ValueError(f"paste_strength must rise from its lower to its upper end, not {self.paste_strength}")
         if self.window == ():
             raise ValueError("window names no channel; give each one's lower and upper end, or null")
         for low, high in self.window or ():

@@ -54,6 +54,8 @@ class Fold:
         return bool(set(self.train) & set(self.val))
 
 
+VAL_IS_LEARNT = "val_is_learnt"
+"""Entry of a fold that says, if true, that the masks in `val` are meant to be in `train` too."""
 KEYS = tuple(field.name for field in dataclasses.fields(Fold))
 
 
@@ -303,7 +305,7 @@ def read_fold(splits_file: Path, fold: int | str, cohort: Cohort) -> Fold:
             raise UserError(f"{where}: '{key}' names {abbreviate(unknown)}, which the dataset does not have.")
     read = _read_ours if "diseased" in entry or "healthy" in entry else _read_plain
     result = read(entry, cohort, where)
-    _check(result, where, cohort)
+    _check(result, where, cohort, val_is_learnt=entry.get(VAL_IS_LEARNT) is True)
     return result
 
 
@@ -342,7 +344,7 @@ def _read_plain(entry: Mapping[str, list[str]], cohort: Cohort, where: str) -> F
     )
 
 
-def _check(fold: Fold, where: str, cohort: Cohort) -> None:
+def _check(fold: Fold, where: str, cohort: Cohort, *, val_is_learnt: bool) -> None:
     delete = "Correct the file, or delete it to have a new one made."
     if not fold.train:
         raise UserError(f"{where} has no case with a mask in 'train', so there is nothing to learn from. {delete}")
@@ -354,9 +356,11 @@ def _check(fold: Fold, where: str, cohort: Cohort) -> None:
     twice = sorted({case for case in learnt if learnt.count(case) > 1})
     if twice:
         raise UserError(f"{where} names {abbreviate(twice)} in two training lists at once. {delete}")
-    # The masks of an only patient may be trained and validated on; nothing else may.
+    # The masks of an only patient may be trained and validated on, and what a split says is; nothing else may.
     held_out = {*fold.val_diseased, *fold.val_healthy}
-    if not (set(fold.train) == set(fold.val) and len(_by_patient(cohort, fold.train)) == 1):
+    if val_is_learnt:
+        held_out |= set(fold.val) - set(fold.train)
+    elif not (set(fold.train) == set(fold.val) and len(_by_patient(cohort, fold.train)) == 1):
         held_out |= set(fold.val)
     both = sorted(held_out.intersection(learnt))
     if both:

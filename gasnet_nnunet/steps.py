@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, autocast, nn
+from torch._dynamo import OptimizedModule
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from gasnet_nnunet import losses
 from gasnet_nnunet.adversary import Adversary
@@ -18,7 +20,7 @@ from gasnet_nnunet.settings import GASNetSettings
 from gasnet_nnunet.synthesis import paste_lesions, pseudo_label
 
 D_INPUTS = ("healthy", "restored", "diseased", "generated")
-S_LOSSES = ("L_lab", "L_hea", "L_MIL", "L_ps")
+S_LOSSES = ("L_lab", "L_hea", "L_MIL", "L_out", "L_ps")
 STEP_COLUMNS = (
     *S_LOSSES,
     *("L_adv", "L_IgToD", "L_recons"),
@@ -47,6 +49,7 @@ class SegmentationTask:
         regions: Whether the channels are regions.
         labels: Label value of each lesion channel.
         ignore_label: Label value that `loss_pseudo` ignores.
+        spacing: Voxel size in mm, (Z, Y, X).
     """
 
     loss: Loss
@@ -56,6 +59,7 @@ class SegmentationTask:
     regions: bool
     labels: tuple[int, ...]
     ignore_label: int
+    spacing: tuple[float, ...]
 
 
 class GASNetStep:
@@ -72,6 +76,9 @@ class GASNetStep:
         scaler: nnU-Net's gradient scaler, which S and G share; `None` off cuda.
         adversary: G and D.
         device: Where all of it lives.
+
+    Attributes:
+        average: The moving average of S, which teaches L_ps, is validated and predicts; `None` where S does so itself.
     """
 
     def __init__(
@@ -91,10 +98,20 @@ class GASNetStep:
         self.scaler = scaler
         self.adversary = adversary
         self.device = device
+        self._bfloat16 = settings.cpu_bfloat16 and cpu_computes_in_bfloat16()
+        self.average: AveragedModel | None = None
+        if settings.averaged_iterations > 1:
+            self.average = AveragedModel(plain_module(segmenter), avg_fn=_moving_average(settings.averaged_iterations))
+            self.average.requires_grad_(False)
+
+    @property
+    def predictor(self) -> nn.Module:
+        """What predicts: the average of S, or S itself."""
+        return self.segmenter if self.average is None else self.average
 
     def precision(self) -> AbstractContextManager[Any]:
-        """nnU-Net's rule: half precision on cuda alone."""
-        return autocast("cuda", enabled=True) if self.device.type == "cuda" else nullcontext()
+        """Precision of S and G."""
+        return training_precision(self.device.type, bfloat16=self._bfloat16)
 
     def zero_grad(self) -> None:
         """Begin an S+G update."""
@@ -131,17 +148,21 @@ class GASNetStep:
         settings, adversary = self.settings, self.adversary
         report: dict[str, Tensor] = {}
         logits: Tensor | None = None
-        if settings.weight_mil or adversary.discriminator is not None:
+        if settings.weight_mil or settings.weight_outside or adversary.discriminator is not None:
             with self.precision():
                 logits = as_levels(self.segmenter(pair["diseased"]))[0]
                 if settings.weight_mil:
                     loss = losses.mil_loss(logits, regions=self.task.regions, bag=settings.patches == "bag")
                     report["L_MIL"] = settings.weight_mil * loss
+                if settings.weight_outside:
+                    margin = [round(settings.outside_margin_mm / mm) for mm in self.task.spacing]
+                    loss = losses.outside_loss(logits, pair["lungs_diseased"], margin, regions=self.task.regions)
+                    report["L_out"] = settings.weight_outside * loss
                 report.update(adversary.fooling_terms(pair["diseased"], self._lesion_mask(logits, pair)))
             self._backward(torch.stack([term.float() for term in report.values()]).sum())
-        elif pseudo_on:
+        if pseudo_on and (logits is None or self.average is not None):
             with torch.no_grad(), self.precision():
-                logits = as_levels(self.segmenter(pair["diseased"]))[0]
+                logits = as_levels(self.predictor(pair["diseased"]))[0]
         with self.precision():
             reconstruction = adversary.reconstruction_term(pair["healthy"])
         if reconstruction is not None:
@@ -165,6 +186,8 @@ class GASNetStep:
                 self.scaler.step(optimizer)
         if self.scaler is not None and optimizers:
             self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(plain_module(self.segmenter))
 
     def train_discriminator(self, next_pair: Callable[[], Pair]) -> dict[str, Tensor]:
         """The D updates of an iteration, each on a fresh draw; what they report is averaged."""
@@ -184,6 +207,8 @@ class GASNetStep:
     def pseudo_labelled(self, pair: Pair, logits: Tensor) -> tuple[Tensor, Tensor]:
         """I_ps, nnU-Net-normalised (B, C, Z, Y, X), and M_ps, from S(I_d)."""
         mask = losses.lesion_probability(logits, regions=self.task.regions) * pair["lungs"]
+        low, high = self.settings.paste_strength
+        strength = torch.empty(len(mask), 1, 1, 1, 1, device=mask.device).uniform_(low, high)
         label = pseudo_label(
             logits,
             pair["lungs"],
@@ -193,7 +218,7 @@ class GASNetStep:
             margin=self.settings.pseudo_margin,
             ignore_above=self.settings.pseudo_ignore_above,
         )
-        return paste_lesions(pair["diseased"], pair["healthy"], mask), label
+        return paste_lesions(pair["diseased"], pair["healthy"], strength * mask), label
 
     def _pseudo_term(self, pair: Pair, logits: Tensor) -> Tensor:
         image, label = self.pseudo_labelled(pair, logits)
@@ -221,6 +246,38 @@ class GASNetStep:
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+
+def cpu_computes_in_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16; others would only emulate it. False where torch cannot tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def training_precision(device: str, *, bfloat16: bool) -> AbstractContextManager[Any]:
+    """nnU-Net's half precision on cuda; bfloat16 on a CPU where asked for; else single precision.
+
+    Args:
+        device: "cuda", "cpu" or "mps".
+        bfloat16: Whether a CPU is to compute in bfloat16.
+    """
+    if device == "cuda":
+        return autocast("cuda", enabled=True)
+    return autocast("cpu", dtype=torch.bfloat16) if device == "cpu" and bfloat16 else nullcontext()
+
+
+def plain_module(network: nn.Module) -> nn.Module:
+    """S itself, without torch.compile's wrapper."""
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def _moving_average(iterations: int) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """Exponential average over about so many iterations; over fewer while there are not as many yet."""
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        return averaged + (current - averaged) / min(iterations, 1 + int(count) / 10)
+
+    return average
 
 
 def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gasnet_nnunet.losses import lesion_probability
 
@@ -24,9 +25,22 @@ def restore(diseased: Tensor, generated: Tensor, mask: Tensor) -> Tensor:
 def paste_lesions(diseased: Tensor, healthy: Tensor, mask: Tensor) -> Tensor:
     """I_ps = I_h * (1 - m) + I_d * m, with m = M^(I_d) * M_lung(I_h).
 
+    Args:
+        diseased: I_d.
+        healthy: I_h.
+        mask: m; scaled by a factor below 1 it makes the same lesion fainter, with the tissue of I_h shining through.
+
     Shape: (B, C, Z, Y, X), (B, C, Z, Y, X), (B, 1, Z, Y, X) -> (B, C, Z, Y, X), in the units of the images
     """
     return healthy * (1 - mask) + diseased * mask
+
+
+def soft_border(mask: Tensor) -> Tensor:
+    """The mean of a binary mask over the 3 x 3 voxels around each in its slice: pasted with it, nothing has a cut edge.
+
+    Shape: (B, 1, Z, Y, X), 0 or 1 -> (B, 1, Z, Y, X) in [0, 1]
+    """
+    return functional.avg_pool3d(mask, (1, 3, 3), stride=1, padding=(0, 1, 1))
 
 
 def pseudo_label(

@@ -36,22 +36,20 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from gasnet_nnunet.adversary import Adversary, needs_generator
-from gasnet_nnunet.checkpoints import read_checkpoint, remove_leftovers, write_checkpoint
+from gasnet_nnunet.checkpoints import CHECKPOINT_KEY, read_checkpoint, remove_leftovers, write_checkpoint
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, read_cohort
 from gasnet_nnunet.errors import DISK_FULL, UserError
+from gasnet_nnunet.fine_tuning import read_origin
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
 from gasnet_nnunet.networks import Topology
 from gasnet_nnunet.organ_masks import OrganMasks, ensure_organ_masks
 from gasnet_nnunet.progress import TrainingCurves
-from gasnet_nnunet.sampling import PairLoader, PairTransform, VolumeReader
+from gasnet_nnunet.sampling import PairLoader, PairTransform, PastedLoader, VolumeReader
 from gasnet_nnunet.selection import BestEpoch, epoch_score
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 from gasnet_nnunet.splits import Fold, make_splits, read_fold, write_splits
-from gasnet_nnunet.steps import STEP_COLUMNS, GASNetStep, SegmentationTask, as_numbers
+from gasnet_nnunet.steps import STEP_COLUMNS, GASNetStep, SegmentationTask, as_numbers, plain_module
 from gasnet_nnunet.watch import Watch
-
-CHECKPOINT_KEY = "gasnet"
-"""Where our state stands in nnU-Net's checkpoint; nnU-Net's predictor ignores it."""
 
 ATTRIBUTES = {
     "num_epochs": "num_epochs",
@@ -89,8 +87,10 @@ class GASNetTrainer(nnUNetTrainer):
         self._reader: VolumeReader | None = None
         self._pairs: Any = None
         self._background: Any = None
+        self._pasted: Any = None
         self._extra_columns: dict[str, float] = {}
         self._iterations_done = 0
+        self._restored = False
         # Nothing is above infinity: nnU-Net's own rule for checkpoint_best never fires, ours does (selection.py).
         self._best_ema = math.inf
         self._use_settings(self.settings)
@@ -180,6 +180,24 @@ class GASNetTrainer(nnUNetTrainer):
             self.device,
         )
 
+    def _start_from(self, checkpoint: str) -> None:
+        """Give S, G and D the weights of a trained model (the setting `init_from`)."""
+        assert self.adversary is not None
+        origin = read_origin(checkpoint)
+        origin.check_dataset(self.dataset_json)
+        configuration = self.configuration_manager.configuration
+        origin.check_network(configuration)
+        origin.load_into(self.network, self.adversary)
+        self.print_to_log_file(
+            f"Training starts from the weights in {origin.path}, trained on {origin.plans['dataset_name']} by "
+            f"{origin.trainer}."
+        )
+        differences = origin.preprocessing_differences(self.plans_manager.plans, configuration)
+        if differences:
+            self.print_to_log_file(
+                f"WARNING: these weights were trained on data of another kind: {'; '.join(differences)}."
+            )
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """nnU-Net's SGD or Adam for S, both with nnU-Net's polynomial schedule."""
         if self.settings.optimizer_s == "sgd":
@@ -216,6 +234,7 @@ class GASNetTrainer(nnUNetTrainer):
             regions=label_manager.has_regions,
             labels=() if label_manager.has_regions else tuple(label_manager.foreground_labels),
             ignore_label=ignore_label,
+            spacing=tuple(float(mm) for mm in self.configuration_manager.spacing),
         )
 
     # Data -------------------------------------------------------------------------------------------------------------
@@ -281,25 +300,40 @@ class GASNetTrainer(nnUNetTrainer):
             regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
             ignore_label=self.label_manager.ignore_label,
         )
-        if self._needs_pairs():
+        if self._needs_pairs() or self._pasted_patches():
             assert self._reader is not None
             bag = settings.patches == "bag"
             transform = PairTransform(transforms, self._reader.low)
             if transform.left_out:
                 self.print_to_log_file(f"Not applied to diseased and healthy patches: {', '.join(transform.left_out)}.")
-            pairs = PairLoader(
-                self._reader,
-                self._diseased_cases(),
-                cases.healthy,
-                batch_size=settings.bag_size if bag else settings.volumes_per_step or self.batch_size,
-                read_size=read_size,
-                patch_size=self.configuration_manager.patch_size,
-                transform=transform,
-                bag=bag,
-                jitter=settings.centre_jitter,
-                with_diseased_mask=settings.restore_within_organ,
-            )
-            self._pairs = self._start_stream(pairs, get_allowed_n_proc_DA())
+            options: dict[str, Any] = {
+                "read_size": read_size,
+                "patch_size": self.configuration_manager.patch_size,
+                "transform": transform,
+                "jitter": settings.centre_jitter,
+            }
+            if self._needs_pairs():
+                pairs = PairLoader(
+                    self._reader,
+                    self._diseased_cases(),
+                    cases.healthy,
+                    batch_size=settings.bag_size if bag else settings.volumes_per_step or self.batch_size,
+                    bag=bag,
+                    with_diseased_mask=settings.restore_within_organ or bool(settings.weight_outside),
+                    **options,
+                )
+                self._pairs = self._start_stream(pairs, get_allowed_n_proc_DA())
+            if self._pasted_patches():
+                pasted = PastedLoader(
+                    self._reader,
+                    cases.train,
+                    cases.healthy,
+                    batch_size=self._pasted_patches(),
+                    strength=settings.paste_strength,
+                    lesions=[label for label in self.label_manager.foreground_labels if isinstance(label, int)],
+                    **options,
+                )
+                self._pasted = self._start_stream(pasted, min(1, get_allowed_n_proc_DA()))
         if settings.weight_healthy and settings.healthy_outside:
             background = nnUNetDataLoader(
                 self._open_dataset(cases.healthy),
@@ -331,8 +365,16 @@ class GASNetTrainer(nnUNetTrainer):
     def _needs_pairs(self) -> bool:
         settings = self.settings
         return bool(
-            settings.weight_healthy or settings.weight_mil or settings.weight_pseudo or needs_generator(settings)
+            settings.weight_healthy
+            or settings.weight_mil
+            or settings.weight_outside
+            or settings.weight_pseudo
+            or needs_generator(settings)
         )
+
+    def _pasted_patches(self) -> int:
+        """How many patches of a labelled batch are labelled lesions in a healthy volume."""
+        return round(self.settings.pasted_share * self.batch_size)
 
     def _diseased_cases(self) -> tuple[str, ...]:
         """Cases to draw I_d from."""
@@ -349,11 +391,12 @@ class GASNetTrainer(nnUNetTrainer):
     def _organ_masks(self) -> OrganMasks:
         raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
         diseased, healthy = self._watched_cases()
+        cases = self._fold_cases()
         return ensure_organ_masks(
             Path(self.preprocessed_dataset_folder_base),
             self.plans_manager.plans,
             self.configuration_name,
-            sorted({*self._diseased_cases(), *self._fold_cases().healthy, *diseased, *healthy}),
+            sorted({*self._diseased_cases(), *cases.train, *cases.healthy, *diseased, *healthy}),
             organ=self.settings.organ,
             raw_folder=raw if raw is not None and raw.is_dir() else None,
             num_processes=default_num_processes,
@@ -368,7 +411,10 @@ class GASNetTrainer(nnUNetTrainer):
             super().run_training()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's; a full disk ends it in one sentence."""
+        """nnU-Net's, by what the checkpoint predicts with; a full disk ends it in one sentence."""
+        assert self.gasnet_step is not None
+        if self.gasnet_step.average is not None:
+            plain_module(self.network).load_state_dict(self.gasnet_step.average.module.state_dict())
         with _one_sentence(), self._disk_full_told("--val"):
             super().perform_actual_validation(save_probabilities)
 
@@ -388,6 +434,9 @@ class GASNetTrainer(nnUNetTrainer):
         """Check the cohort and make the lung masks before anything else, then start as nnU-Net does."""
         if not self.was_initialized:
             self.initialize()
+        if self.settings.init_from is not None and not self._restored:
+            with _one_sentence():
+                self._start_from(self.settings.init_from)
         cases = self._fold_cases()
         assert self._cohort is not None
         self.print_to_log_file(self._cohort.report(), add_timestamp=False)
@@ -444,6 +493,8 @@ class GASNetTrainer(nnUNetTrainer):
         report: dict[str, Tensor] = {}
         step.zero_grad()
         if settings.weight_labelled:
+            if self._pasted is not None:
+                batch = _with_last_replaced(batch, next(self._pasted))
             report.update(step.labelled_term(self._to_device(batch["data"]), self._to_device(batch["target"])))
         if self._needs_pairs():
             pair = self._next_pair()
@@ -482,6 +533,20 @@ class GASNetTrainer(nnUNetTrainer):
             for name in STEP_COLUMNS
         }
 
+    def on_validation_epoch_start(self) -> None:
+        """nnU-Net's, with the average of S in the place of S."""
+        super().on_validation_epoch_start()
+        self._swap_average()
+
+    def _swap_average(self) -> None:
+        """Exchange the weights of S and those of its average, if there is one."""
+        assert self.gasnet_step is not None
+        if self.gasnet_step.average is not None:
+            mine, theirs = plain_module(self.network), self.gasnet_step.average.module
+            held = copy.deepcopy(mine.state_dict())
+            mine.load_state_dict(theirs.state_dict())
+            theirs.load_state_dict(held)
+
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """nnU-Net's on the masked cases, then M^ on the watched volumes and the score of the epoch."""
         if not any(np.sum(output[key]) for output in val_outputs for key in ("tp_hard", "fp_hard", "fn_hard")):
@@ -492,6 +557,7 @@ class GASNetTrainer(nnUNetTrainer):
             for key, value in (("tp_hard", dice), ("fp_hard", 1 - dice), ("fn_hard", 1 - dice)):
                 val_outputs[0][key] = np.full_like(like, value, dtype=float)
         super().on_validation_epoch_end(val_outputs)
+        self._swap_average()
         assert self.watch is not None
         readings = self.watch.readings()
         dice = float(self.logger.get_value("mean_fg_dice", step=-1))
@@ -542,21 +608,36 @@ class GASNetTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """nnU-Net's, and the end of our worker processes."""
         super().on_train_end()
-        for stream in (self._pairs, self._background):
+        for stream in (self._pairs, self._background, self._pasted):
             if isinstance(stream, NonDetMultiThreadedAugmenter):
                 stream._finish()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint with G, D and their optimisers in it; the old file stays until the new one is whole."""
+        """nnU-Net's checkpoint with G, D and their optimisers in it; the old file stays until the new one is whole.
+
+        Where S is averaged, `network_weights` hold the average, because nnU-Net predicts with them, and our state holds
+        the S that goes on training.
+        """
         if self.disable_checkpointing or self.local_rank != 0:
             super().save_checkpoint(filename)
             return
         assert self.adversary is not None
-        state = {"adversary": self.adversary.state_dict(), "best_epoch": self.best_epoch.state_dict()}
+        assert self.gasnet_step is not None
+        state: dict[str, Any] = {
+            "adversary": self.adversary.state_dict(),
+            "best_epoch": self.best_epoch.state_dict(),
+        }
+        average = self.gasnet_step.average
+        if average is not None:
+            state["segmenter"] = plain_module(self.network).state_dict()
+            state["averaged"] = int(average.n_averaged)
+            extra = {"network_weights": average.module.state_dict(), CHECKPOINT_KEY: state}
+        else:
+            extra = {CHECKPOINT_KEY: state}
         with _one_sentence():
-            write_checkpoint(Path(filename), super().save_checkpoint, {CHECKPOINT_KEY: state})
+            write_checkpoint(Path(filename), super().save_checkpoint, extra)
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
         """Restore S, G, D, their optimisers, the scaler and the settings; on `--c` the checkpoint's settings win."""
@@ -574,8 +655,15 @@ class GASNetTrainer(nnUNetTrainer):
                 self._adopt_settings(checkpoint["init_args"]["plans"])
         super().load_checkpoint(filename_or_checkpoint)
         assert self.adversary is not None
-        self.adversary.load_state_dict(checkpoint[CHECKPOINT_KEY]["adversary"])
-        self.best_epoch.load_state_dict(checkpoint[CHECKPOINT_KEY]["best_epoch"])
+        assert self.gasnet_step is not None
+        state, average = checkpoint[CHECKPOINT_KEY], self.gasnet_step.average
+        self.adversary.load_state_dict(state["adversary"])
+        self.best_epoch.load_state_dict(state["best_epoch"])
+        if average is not None:
+            average.module.load_state_dict(checkpoint["network_weights"])
+            average.n_averaged.fill_(state["averaged"])
+            plain_module(self.network).load_state_dict(state["segmenter"])
+        self._restored = True
         self._seed(self.current_epoch)
 
     def _adopt_settings(self, plans: dict[str, Any]) -> None:
@@ -609,12 +697,55 @@ class SupervisedBaselineTrainer(GASNetTrainer):
         return settings.replace(
             weight_healthy=settings.weight_healthy if settings.baseline_healthy else 0.0,
             weight_mil=0.0,
+            weight_outside=0.0,
             weight_pseudo=0.0,
+            pasted_share=0.0,
             weight_adversarial=0.0,
             weight_generated=0.0,
             weight_diseased=0.0,
             weight_reconstruction=0.0,
         )
+
+
+class VanillaTrainer(nnUNetTrainer):
+    """nnU-Net's own trainer, with the length and the seed of the settings in the plans instead of 1000 epochs.
+
+    The schedule, the augmentation and everything else are nnU-Net's: what a user of nnU-Net has without this package,
+    with as many updates of S as GASNetTrainer makes.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        with _one_sentence():
+            entry = self.configuration_manager.configuration.get(PLANS_KEY, {})
+            source = f"configurations.{configuration}.{PLANS_KEY} of {plans['plans_name']}.json"
+            settings = GASNetSettings.from_dict(entry, source=source)
+        self.num_epochs = settings.num_epochs
+        self.num_iterations_per_epoch = settings.iterations_per_epoch
+        self.num_val_iterations_per_epoch = settings.validation_iterations_per_epoch
+        # nnU-Net's 50 of 1000 epochs.
+        self.save_every = max(1, settings.num_epochs // 20)
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+            np.random.seed(settings.seed)
+
+
+def _with_last_replaced(batch: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A labelled batch whose last patches are those of another one."""
+
+    def join(mine: Any, theirs: Any) -> Any:
+        if isinstance(mine, list):
+            return [join(one, another) for one, another in zip(mine, theirs, strict=True)]
+        return torch.cat([mine[: len(mine) - len(theirs)], theirs.to(mine.dtype)])
+
+    return {name: join(batch[name], other[name]) for name in ("data", "target")}
 
 
 def _inner(loss: nn.Module) -> Any:

@@ -49,7 +49,8 @@ class Watch:
 
     @torch.no_grad()
     def readings(self) -> list[VolumeReading]:
-        """Mean M^ and share called lesion in the lungs of every watched volume; S is in evaluation mode."""
+        """Mean M^ and share called lesion in the lungs of every watched volume."""
+        self.step.predictor.eval()
         cases = [(case, False) for case in self.diseased] + [(case, True) for case in self.healthy]
         return [self._reading(case, healthy) for case, healthy in cases]
 
@@ -59,7 +60,7 @@ class Watch:
         cases = self.diseased[:GALLERY_VOLUMES]
         if not cases:
             return
-        self.step.segmenter.eval()
+        self.step.predictor.eval()
         rows = [
             {name: volume[0, 0].float().cpu().numpy() for name, volume in self._panels(case, pseudo_on).items()}
             for case in cases
@@ -102,7 +103,7 @@ class Watch:
     def _logits(self, images: Tensor) -> Tensor:
         # One patch at a time: a bag may be larger than the batches that fit the device in training.
         with self.step.precision():
-            return torch.cat([as_levels(self.step.segmenter(image[None]))[0] for image in images])
+            return torch.cat([as_levels(self.step.predictor(image[None]))[0] for image in images])
 
     def _read(self, case: str) -> tuple[Tensor, Tensor]:
         images, lungs = watch_patches(self.reader, case, self.patch_size, self.patches)

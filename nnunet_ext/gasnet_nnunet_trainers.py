@@ -5,7 +5,7 @@ nnU-Net forgets this module after each look-up, so nothing is defined here: the 
 that a look-up of somebody else's trainer never meets our code, and a failing import of ours is raised as it is.
 """
 
-__all__ = ["GASNetTrainer", "SupervisedBaselineTrainer"]  # noqa: F822 (resolved by __getattr__)
+__all__ = ["GASNetTrainer", "SupervisedBaselineTrainer", "VanillaTrainer"]  # noqa: F822 (resolved by __getattr__)
 
 
 def __getattr__(name: str) -> type:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import tiny_dataset
 
 # A first call warms caches of torch, and machines are shared: a slow example is no failure.
 hypothesis.settings.register_profile("shared machine", deadline=None)
@@ -20,3 +21,12 @@ def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained_fold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a fold that GASNetTrainer trained and validated, in folders of nnU-Net's; not to be changed."""
+    from gasnet_nnunet.trainers import GASNetTrainer
+
+    few = {"num_epochs": 2, "iterations_per_epoch": 1, "gallery_every_epochs": 1}
+    return tiny_dataset.train(tmp_path_factory.mktemp("trained"), GASNetTrainer, **few)

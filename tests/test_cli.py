@@ -69,5 +69,7 @@ atexit.register(lambda: print("heavy:", sorted(heavy & set(sys.modules))))
     ended = run(code, "--help")
     assert ended.returncode == 0
     assert ended.stdout.endswith("heavy: []\n")
-    for command in ("doctor", "demo", "convert", "extend", "check", "lungs", "splits", "plan", "restore"):
+    for command in ("doctor", "demo", "convert", "extend", "check", "lungs", "splits", "plan", "study", "compare"):
+        assert f" {command} " in ended.stdout
+    for command in ("export", "restore", "report"):
         assert f" {command} " in ended.stdout

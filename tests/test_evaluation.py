@@ -9,12 +9,18 @@ from rich.console import Console
 
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import (
+    METRICS,
+    PAPER_METRICS,
+    check_references,
+    differences_text,
+    evaluate_files,
     evaluate_folder,
     markdown_table,
+    paired_differences,
+    plot_case,
     plot_comparison,
     plot_overlays,
     rich_table,
-    score_case,
     summarise,
 )
 
@@ -54,39 +60,6 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_metrics_are_those_of_the_paper() -> None:
-    score = score_case(HALF, TRUE, voxel_ml=0.5)
-    assert score["dice"] == 0.5
-    assert score["sensitivity"] == 0.5
-    assert score["specificity"] == pytest.approx(144 / 160)
-    assert (score["lesion_ml"], score["predicted_ml"], score["false_positive_ml"]) == (16, 16, 8)
-    assert np.isnan(score["false_positive_lung"])
-
-
-@pytest.mark.parametrize(("prediction", "specificity"), [(NOTHING, 1.0), (HALF, 160 / 192)])
-def test_healthy_case_has_no_dice_but_false_positives(prediction: np.ndarray, specificity: float) -> None:
-    score = score_case(prediction, NOTHING, lung=cube(slice(0, 4), slice(0, 4), slice(0, 5)))
-    assert np.isnan(score["dice"])
-    assert np.isnan(score["sensitivity"])
-    assert score["specificity"] == pytest.approx(specificity)
-    assert score["false_positive_ml"] == prediction.sum()
-    assert score["false_positive_lung"] == prediction[:, :4, :5].sum() / 80
-
-
-def test_missing_every_lesion_is_zero_not_nan() -> None:
-    score = score_case(NOTHING, TRUE)
-    assert (score["dice"], score["sensitivity"], score["specificity"]) == (0, 0, 1)
-
-
-def test_several_lesion_classes_count_as_one_and_ignored_voxels_do_not_count() -> None:
-    reference = TRUE * 2
-    reference[1, :4, 2:4] = 3
-    assert score_case(TRUE, reference)["dice"] == 1
-    ignoring = score_case(HALF, reference, ignore_label=3)
-    assert ignoring["sensitivity"] == 8 / 24
-    assert ignoring["specificity"] == pytest.approx(144 / 160)
-
-
 def test_folder_gives_a_row_a_case(folders: Path) -> None:
     frame = evaluate_folder(folders / "poor", folders / "reference", lungs=folders / "lung")
     assert frame.index.tolist() == ["ill", "well"]
@@ -113,20 +86,20 @@ def test_missing_prediction_is_named(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "changes", "name"),
     [
-        (np.zeros((4, 6, 7)), {}, "size"),
-        (TRUE, {"spacing": (2.0, 2.0, 4.0)}, "spacing"),
+        (np.zeros((4, 6, 7)), {}, "size 7 x 6 x 4 instead of 8 x 6 x 4"),
+        (TRUE, {"spacing": (2.0, 2.0, 4.0)}, "spacing 2 x 2 x 4 instead of 2 x 2 x 5"),
         (TRUE, {"origin": (0.0, 3.0, 0.0)}, "origin"),
     ],
 )
 def test_other_geometry_is_refused(folders: Path, array: np.ndarray, changes: dict, name: str) -> None:
     write(folders / "poor/ill.nii.gz", array, **changes)
-    with pytest.raises(UserError, match=rf"The {name} of .*poor/ill\.nii\.gz"):
+    with pytest.raises(UserError, match=rf"poor/ill\.nii\.gz does not lie on the grid of .*: {name}"):
         evaluate_folder(folders / "poor", folders / "reference")
 
 
 def test_file_that_is_no_image_is_named(folders: Path) -> None:
     (folders / "poor/ill.nii.gz").write_bytes(b"nothing of the sort")
-    with pytest.raises(UserError, match=r"poor/ill\.nii\.gz cannot be read"):
+    with pytest.raises(UserError, match=r"poor/ill\.nii\.gz (cannot be read|is damaged)"):
         evaluate_folder(folders / "poor", folders / "reference")
 
 
@@ -157,9 +130,10 @@ def test_summary_keeps_diseased_and_healthy_apart() -> None:
 
 def test_tables_show_percent(folders: Path) -> None:
     frames = both(folders)
-    lines = markdown_table(frames).splitlines()
+    lines = markdown_table(frames, metrics=PAPER_METRICS).splitlines()
     assert lines[0] == "| Model | Dice % | Sensitivity % | Specificity % | Lung called lesion, healthy % |"
-    assert lines[2:] == ["| poor | 50.0 | 50.0 | 90.0 | 30.0 |", "| good | 100.0 | 100.0 | 100.0 | 0.0 |"]
+    assert lines[2:] == ["| poor | 50.0 | 50.0 | 90.00 | 30.00 |", "| good | 100.0 | 100.0 | 100.00 | 0.00 |"]
+    assert markdown_table(frames).splitlines()[2].count("|") == len(METRICS) + 2
     console = Console(width=120, record=True, file=(folders / "table.txt").open("w"))
     console.print(rich_table(frames, title="Phantoms"))
     assert "100.0" in console.export_text()
@@ -193,3 +167,76 @@ def test_overlay_colours_what_was_found_missed_and_false(folders: Path) -> None:
     assert ((red > 0.7) & (green > 0.5) & (blue < 0.3)).any(), "yellow: false alarm"
     assert ((green > 0.5) & (red < 0.35) & (blue < 0.5)).any(), "green: missed"
     assert ((red > 0.35) & (red < 0.6) & (green < 0.45) & (blue < 0.3)).any(), "brown: found"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [(-1, "holds the value -1"), (7, r"holds \[7\], which dataset.json does not")]
+)
+def test_values_that_are_no_labels_are_refused(folders: Path, values: int, message: str) -> None:
+    write(folders / "poor/ill.nii.gz", TRUE * values)
+    references = {"ill": folders / "reference/ill.nii.gz"}
+    with pytest.raises(UserError, match=rf"poor/ill\.nii\.gz {message}"):
+        evaluate_files({"ill": folders / "poor/ill.nii.gz"}, references, labels=(0, 1))
+    with pytest.raises(UserError, match=rf"poor/ill\.nii\.gz {message}"):
+        check_references({"ill": folders / "poor/ill.nii.gz"}, labels=(0, 1))
+
+
+def test_cases_without_lesion_are_told(folders: Path) -> None:
+    write(folders / "reference/other.nii.gz", TRUE * 2)
+    references = {case: folders / f"reference/{case}.nii.gz" for case in ("ill", "well", "other")}
+    assert check_references(references) == ["well"]
+    assert check_references(references, ignore_label=2) == ["well", "other"]
+
+
+def frame(**columns: list[float]) -> pd.DataFrame:
+    number = len(next(iter(columns.values())))
+    index = pd.Index([f"case_{i}" for i in range(number)], name="case")
+    return pd.DataFrame({"lesion_ml": [5.0] * number, **columns}, index=index)
+
+
+def test_paired_differences_are_of_the_same_cases() -> None:
+    worse = frame(dice=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    better = worse.assign(dice=worse["dice"] + [0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16])
+    shuffled = better.sample(frac=1, random_state=0)
+    row = paired_differences({"worse": worse, "better": shuffled}, reference="worse").iloc[0]
+    assert (row["model"], row["metric"], row["n"]) == ("better", "dice", 7)
+    assert row["difference"] == pytest.approx(0.13)
+    assert 0.1 < row["low"] < 0.13 < row["high"] < 0.16
+    assert row["p"] == pytest.approx(2 / 2**7), "all seven of one sign"
+    back = paired_differences({"worse": worse, "better": shuffled}, reference="better").iloc[0]
+    assert back["difference"] == pytest.approx(-0.13)
+
+
+def test_differences_that_say_nothing() -> None:
+    alike = paired_differences({"a": frame(dice=[0.4, 0.5]), "b": frame(dice=[0.4, 0.5])}, reference="a").iloc[0]
+    assert (alike["difference"], alike["low"], alike["high"], alike["p"]) == (0, 0, 0, 1)
+    single = {"a": frame(dice=[0.4]), "b": frame(dice=[0.5])}
+    one = paired_differences(single, reference="a")
+    assert one.loc[0, ["low", "high", "p"]].isna().all()
+    assert differences_text(one, single).loc["b"].tolist() == ["Dice %", "1", "+10.0", "", ""]
+
+
+def test_differences_need_the_same_cases_and_a_known_model() -> None:
+    frames = {"a": frame(dice=[0.4, 0.5]), "b": frame(dice=[0.4])}
+    with pytest.raises(UserError, match=r"b and a were tested on different cases: case_1"):
+        paired_differences(frames, reference="a")
+    with pytest.raises(UserError, match=r"no model 'c' .* the models are a, b"):
+        paired_differences(frames, reference="c")
+
+
+def test_single_classes_and_many_models_are_shown(tmp_path: Path) -> None:
+    frames = {f"model {i}": frame(dice=[0.4, 0.5], dice_ggo=[0.1 * i, np.nan]) for i in range(7)}
+    assert markdown_table(frames).splitlines()[0] == "| Model | Dice % | Dice ggo % |"
+    plot_comparison(frames, tmp_path / "many.png")
+    assert imread(tmp_path / "many.png").std() > 0.05
+
+
+def test_case_is_drawn_where_lesion_misses_and_false_alarms_are(folders: Path) -> None:
+    false_alarm = HALF.copy()
+    false_alarm[3] = 1
+    write(folders / "poor/ill.nii.gz", false_alarm)
+    files = {"image": folders / "ct/ill_0000.nii.gz", "reference": folders / "reference/ill.nii.gz"}
+    plot_case(folders / "case.png", case="ill", predictions={"poor": folders / "poor/ill.nii.gz"}, **files)
+    tall = imread(folders / "case.png").shape
+    plot_case(folders / "good.png", case="ill", predictions={"good": folders / "good/ill.nii.gz"}, **files)
+    assert tall[0] > 1.5 * imread(folders / "good.png").shape[0], "a perfect prediction needs one slice"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from scipy.special import expit, log_softmax, softmax
 from torch import Tensor
+from torch.nn import functional
 
 from gasnet_nnunet.losses import (
     HEALTHY,
@@ -21,6 +22,7 @@ from gasnet_nnunet.losses import (
     lesion_logit,
     lesion_probability,
     mil_loss,
+    outside_loss,
     reconstruction_loss,
     scale_gradient,
 )
@@ -226,3 +228,28 @@ def test_s_sees_the_adversary_divided_by_lambda_and_g_sees_it_whole() -> None:
 def test_lesion_logit_of_two_classes_is_their_difference() -> None:
     logits, z = draw(1, 2, 5.0)
     np.testing.assert_allclose(lesion_logit(logits, regions=False)[:, 0], z[:, 1] - z[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_lesions_far_from_the_lungs_cost_and_those_near_them_do_not(regions: bool) -> None:
+    lungs = torch.zeros(1, 1, 5, 9, 9)
+    lungs[..., 2, 4, 4] = 1
+    logits = torch.full((1, 1 if regions else 2, 5, 9, 9), -20.0)
+    if not regions:
+        logits[:, 0] = 20.0
+
+    def loss(*voxel: int) -> float:
+        guess = logits.clone()
+        guess[(0, slice(None), *voxel)] = torch.tensor([20.0] if regions else [-20.0, 20.0])
+        return float(outside_loss(guess, lungs, (1, 2, 2), regions=regions))
+
+    for near in ((2, 4, 4), (1, 4, 4), (2, 6, 2), (3, 2, 6)):
+        assert loss(*near) < 1e-6
+    for far in ((0, 4, 4), (2, 7, 4), (2, 4, 1), (4, 0, 0)):
+        assert loss(*far) > 0.01
+
+
+def test_everything_outside_the_lungs_is_compared_with_background() -> None:
+    logits = torch.randn(2, 3, 4, 5, 6)
+    expected = functional.cross_entropy(logits, torch.zeros(2, 4, 5, 6, dtype=torch.long))
+    torch.testing.assert_close(outside_loss(logits, torch.zeros(2, 1, 4, 5, 6), (0, 1, 1), regions=False), expected)

@@ -1,32 +1,28 @@
 """Once installed, nnU-Net finds our trainers with nothing to set, and uninstalling leaves nothing behind.
 
 Each combination (nnU-Net from a wheel or an editable clone, ours from a wheel or an editable clone) gets a virtual
-environment of its own, so that nothing of the environment that runs the tests can stand in for what is tested: it lends
-its other packages as links, but neither nnU-Net nor ours.
+environment of its own.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from virtual_environment import Environment, copy_of_nnunet, make_environment
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="fork, forkserver and links are POSIX")
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("gasnet_nnunet", "dataset_conversion", "plans", "nnunet_ext", "pyproject.toml", "README.md", "LICENSE")
-NOT_LENT = ("nnunetv2", "gasnet", "_gasnet", "__editable__", "__pycache__")
 
 # A U-Net of two stages: enough for nnU-Net's predictor to build it and to load its weights.
 STAGES = {"n_stages": 2, "features_per_stage": [2, 4], "kernel_sizes": [[3, 3, 3]] * 2, "strides": [[1] * 3, [2] * 3]}
@@ -81,10 +77,11 @@ def main(our_place, nnunet_place, user_folder, model_folder):
                 assert pool.apply(find, (trainer.__name__,)) is trainer
 
     from gasnet_nnunet.dataset_conversion import folders
-    from gasnet_nnunet import settings
+    from gasnet_nnunet import settings, study
     for file in (folders.__file__, settings.plans_folder()):
         assert Path(file).is_relative_to(our_place), file
     assert "default" in settings.preset_names()
+    assert "one-mask" in study.study_names()
 
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -132,60 +129,9 @@ assert find("nnUNetTrainer").__name__ == "nnUNetTrainer"
 PRINT_VARIABLE = "import os; print(os.environ.get('nnUNet_extTrainer'), end='')"
 
 
-@dataclass(frozen=True)
-class Environment:
-    """A virtual environment that holds neither nnU-Net nor our package until a test installs them."""
-
-    folder: Path
-
-    @property
-    def packages(self) -> Path:
-        """Its site-packages."""
-        return next(self.folder.glob("lib/python*/site-packages"))
-
-    def run(self, *arguments: str, **variables: str) -> str:
-        """Run its Python with a clean environment and return what it prints.
-
-        Args:
-            arguments: The interpreter's arguments.
-            variables: Environment variables to set.
-        """
-        kept = {name: os.environ[name] for name in ("HOME", "PATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
-        variables = {**kept, "PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", **variables}
-        command = [str(self.folder / "bin" / "python"), *arguments]
-        ended = subprocess.run(
-            command, capture_output=True, encoding="utf-8", env=variables, cwd=self.folder, check=False
-        )
-        assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
-        return ended.stdout
-
-    def install(self, *what: str) -> None:
-        """Install with pip, without dependencies and without a network."""
-        self.run("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", *what)
-
-    def uninstall(self) -> None:
-        """Uninstall our package with pip."""
-        self.run("-m", "pip", "uninstall", "--quiet", "--yes", "gasnet-nnunet")
-
-    def files(self) -> set[str]:
-        """Everything in it but the byte code of others; lent packages as their links only."""
-        found = set()
-        for folder, folders, files in os.walk(self.folder):
-            place = os.path.relpath(folder, self.folder)
-            found.update(os.path.join(place, name) for name in [*folders, *files])
-        return {path for path in found if "__pycache__" not in path or "gasnet" in path}
-
-
 @pytest.fixture
 def environment(tmp_path: Path) -> Environment:
-    made = Environment(tmp_path / "environment")
-    venv.create(made.folder, symlinks=True)
-    for folder in (Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")):
-        for entry in folder.iterdir():
-            link = made.packages / entry.name
-            if not entry.name.startswith(NOT_LENT) and entry.suffix != ".pth" and not link.exists():
-                link.symlink_to(entry)
-    return made
+    return make_environment(tmp_path / "environment")
 
 
 @pytest.fixture
@@ -230,14 +176,6 @@ def editable_nnunet(environment: Environment, tmp_path: Path) -> Path:
         '[tool.setuptools.packages.find]\ninclude = ["nnunetv2", "nnunetv2.*"]\n'
     )
     environment.install("--editable", str(folder))
-    return folder
-
-
-def copy_of_nnunet(folder: Path) -> Path:
-    spec = importlib.util.find_spec("nnunetv2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    shutil.copytree(spec.submodule_search_locations[0], folder / "nnunetv2")
     return folder
 
 

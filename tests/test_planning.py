@@ -14,16 +14,19 @@ import blosc2
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.geometry import nnunet_topology
 from gasnet_nnunet.lungs import CaseGeometry
 from gasnet_nnunet.phantom import Kind, make_phantom
 from gasnet_nnunet.planning import (
     Planned,
     PlanningChoices,
+    WholeLungPlanner,
     check_plans_name,
     fingerprint_is_current,
     make_plans,
@@ -33,6 +36,7 @@ from gasnet_nnunet.planning import (
     run_preprocessing,
 )
 from gasnet_nnunet.raw_dataset import GEOMETRY_CACHE, check_grids, check_measures, find_dataset, measure_dataset
+from gasnet_nnunet.segmenters import SEGMENTERS, segmenter_of
 from gasnet_nnunet.settings import GASNetSettings
 
 NAME = "Dataset801_Phantom"
@@ -146,6 +150,7 @@ def test_features_of_every_stage_are_kept() -> None:
         (("default", None, [], ["num_epoch=3"]), "Did you mean 'num_epochs'"),
         (("default", None, [], ["hu_window=[250,-1250]"]), "hu_window must rise"),
         (("default", None, [], ["batch_size=0"]), "batch_size"),
+        (("default", None, [], ["segmenter=unet++"]), "no segmenter 'unet\\+\\+'; segmenters are plain, resenc"),
     ],
 )
 def test_impossible_choices_are_refused_by_name(arguments: tuple[Any, ...], message: str) -> None:
@@ -515,6 +520,129 @@ def test_one_number_a_stage_must_fit_the_stages(planned: Path) -> None:
         make_plans("801", replace(SMALL, base_features=(4, 8)), SETTINGS)
     planned_again = make_plans("801", replace(SMALL, base_features=(4, 6, 8, 500), max_features=10), SETTINGS)
     assert planned_again.configuration["architecture"]["arch_kwargs"]["features_per_stage"] == [4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("segmenter", SEGMENTERS)
+def test_segmenter_is_planned_in_the_same_geometry(segmenter: str, planned: Path) -> None:
+    plain = plans_of(planned)["configurations"]["3d_fullres"]
+    result = make_plans("801", replace(SMALL, segmenter=segmenter), SETTINGS, plans_name="Other")
+    configuration = result.configuration
+
+    assert segmenter_of(configuration) == segmenter
+    for key in ("patch_size", "spacing", "batch_size", "normalization_schemes"):
+        assert configuration[key] == plain[key]
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    for key in ("strides", "kernel_sizes", "features_per_stage"):
+        assert kwargs[key] == plain["architecture"]["arch_kwargs"][key]
+    if segmenter == "plain":
+        assert configuration["architecture"] == plain["architecture"]
+
+
+def test_derived_batch_follows_the_segmenters_need_of_memory(planned: Path) -> None:
+    """U-Net++ has more feature maps than the plain U-Net at the same features."""
+    choices = replace(SMALL, patch_size=(24, 64, 64), base_features=16, batch_size=None)
+    planner, heavier = (
+        WholeLungPlanner(
+            find_dataset("801"), {}, replace(choices, segmenter=name), SETTINGS, plans_name="X", gpu_memory_gb=1
+        )
+        for name in ("plain", "unetpp")
+    )
+    topology = nnunet_topology((5.0, 3.0, 3.0), (24, 64, 64))
+    assert heavier.feature_maps(topology) > 1.5 * planner.feature_maps(topology)
+    assert heavier.batch_size(topology, 1e9) < planner.batch_size(topology, 1e9)
+
+
+# Going on from a trained model ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(planned: Path, tmp_path: Path) -> Path:
+    """A checkpoint, as far as planning reads it, of a model that was trained on this dataset with other plans."""
+    choices = replace(SMALL, patch_size=(16, 48, 48), hu_window=(-1000, 400), batch_size=1, segmenter="vbnet")
+    settings = SETTINGS.replace(generator_features=4, lambda_s=7.0)
+    plans = make_plans("801", choices, settings, plans_name="First").plans
+    content = {
+        "network_weights": {},
+        "trainer_name": "GASNetTrainer",
+        "init_args": {
+            "plans": plans,
+            "configuration": "3d_fullres",
+            "dataset_json": json.loads((planned / "raw" / NAME / "dataset.json").read_text()),
+        },
+        "gasnet": {"adversary": {"generator": {}, "discriminator": {}}},
+    }
+    path = tmp_path / "checkpoint_final.pth"
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_plans_take_over_what_the_weights_need(by_option: bool, checkpoint: Path, planned: Path) -> None:
+    assignments = ["num_epochs=3", *([] if by_option else [f"init_from={checkpoint}"])]
+    choices, settings = resolve_choices(None, None, [], assignments, init_from=checkpoint if by_option else None)
+    result = make_plans("801", choices, settings, plans_name="Second")
+
+    first, second = (plans_of(planned, name) for name in ("First", "Second"))
+    old, new = (plans["configurations"]["3d_fullres"] for plans in (first, second))
+    properties = "foreground_intensity_properties_per_channel"
+    assert second[properties] == first[properties]
+    differing = {key for key in new if new[key] != old[key]}
+    assert differing == {"data_identifier", "gasnet"}
+    assert settings.differences(GASNetSettings.from_dict(old["gasnet"])) == [
+        "num_epochs: 3 -> 2",
+        f"init_from: {checkpoint} -> None",
+    ]
+    assert settings == GASNetSettings.from_dict(new["gasnet"])
+    assert result.window_reason == "that of the checkpoint."
+
+
+def test_command_goes_on_from_a_checkpoint(checkpoint: Path, planned: Path) -> None:
+    from typer.testing import CliRunner
+
+    from gasnet_nnunet.cli import app
+
+    words = ["plan", "-d", "801", "--init-from", str(checkpoint), "--name", "Second", "--no-preprocess"]
+    result = CliRunner().invoke(app, [*words, "--num-processes", "1"], env={"COLUMNS": "300"})
+
+    assert result.exit_code == 0, result.output
+    text = re.sub(r"[\s│]+", " ", result.output)
+    for expected in (
+        f"(goes on from {NAME})",
+        f"weights GASNetTrainer on {NAME}",
+        "16 x 48 x 48 that of the checkpoint.",
+        "-1000 to 400 HU that of the checkpoint.",
+        "vbnet V-Net with bottlenecks (VB-Net); predicting needs this package.",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("small", None, [], []), "Leave out --preset"),
+        ((None, (16, 32, 32), [8], ["hu_window=[-1000,300]"]), "Leave out hu_window, patch_size, base_features"),
+    ],
+)
+def test_what_the_checkpoint_settles_cannot_be_chosen(
+    arguments: tuple[Any, ...], message: str, checkpoint: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_choices(*arguments, init_from=checkpoint)
+
+
+def test_dataset_that_the_checkpoint_does_not_fit_is_refused_before_any_work(
+    checkpoint: Path, planned: Path, tmp_path: Path
+) -> None:
+    choices, settings = resolve_choices(None, None, [], [], init_from=checkpoint)
+    edit(planned / "raw" / NAME / "dataset.json", labels={"background": 0, "nodule": 1, "ignore": 2})
+    with pytest.raises(UserError, match=r'labels .*"lesion": 1.* there, .*"nodule": 1.* here'):
+        make_plans("801", choices, settings, plans_name="Second")
+    content = torch.load(checkpoint, weights_only=False)
+    torch.save({**content, "gasnet": {}}, checkpoint)
+    edit(planned / "raw" / NAME / "dataset.json", labels={"background": 0, "lesion": 1, "ignore": 2})
+    with pytest.raises(UserError, match="holds no generator and no discriminator"):
+        make_plans("801", choices, settings, plans_name="Second")
+    assert not (planned / "preprocessed" / NAME / "Second.json").exists()
 
 
 def test_other_modality_keeps_nnunets_normalisation(planned: Path) -> None:

@@ -30,12 +30,14 @@ from gasnet_nnunet.organ_masks import OrganMasks
 from gasnet_nnunet.sampling import (
     PairLoader,
     PairTransform,
+    PastedLoader,
     VolumeReader,
     patch_start,
     read_patch,
     spread_positions,
     watch_patches,
 )
+from gasnet_nnunet.synthesis import soft_border
 
 LOW = (-2.0, -3.0, -4.0)
 CASES: dict[str, tuple[tuple[int, int, int], Box]] = {
@@ -504,3 +506,74 @@ def test_transforms_that_pairs_do_without_are_named() -> None:
     assert PairTransform(nnunets((8, 8, 8)), low).left_out == []
     masked = ComposeTransforms([*nnunets((8, 8, 8)).transforms, MaskImageTransform([0])])
     assert PairTransform(masked, low).left_out == ["MaskImageTransform"]
+
+
+# Labelled lesions in healthy volumes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(reader: VolumeReader, tmp_path: Path) -> VolumeReader:
+    """The same cases, with a lesion of label 1 and a voxel to be ignored in each diseased one."""
+    for case in CASES:
+        data, seg, *_ = reader.dataset.load_case(case)
+        seg = np.array(seg)
+        if case.startswith("d"):
+            (z, _), (y, _), (x, _) = CASES[case][1]
+            seg[0, z + 6 : z + 10, y + 6 : y + 12, x + 8 : x + 16] = 1
+            seg[0, z + 1, y + 1, x + 1] = 2
+            seg[0, 0, 0, 0] = -1
+        shape = CASES[case][0]
+        nnUNetDatasetBlosc2.save_case(
+            np.array(data), seg, {}, str(tmp_path / case), chunks=(1, *shape), blocks=(1, *shape)
+        )
+    return VolumeReader(nnUNetDatasetBlosc2(str(tmp_path)), reader.masks, LOW)
+
+
+def pasted(reader: VolumeReader, transforms: ComposeTransforms, **options: Any) -> PastedLoader:
+    return PastedLoader(
+        reader,
+        ["d0", "d1"],
+        ["h0", "h1"],
+        batch_size=3,
+        read_size=BOX_SIZE,
+        patch_size=BOX_SIZE,
+        transform=PairTransform(transforms, reader.low),
+        jitter=0.0,
+        **{"strength": (1.0, 1.0), "lesions": [1], **options},
+    )
+
+
+def test_a_labelled_lesion_lies_in_healthy_lungs_under_its_own_mask(labelled: VolumeReader) -> None:
+    seed(0)
+    stream = pasted(labelled, still(BOX_SIZE))
+    batch = stream.generate_train_batch()
+    assert set(batch["target"].unique().tolist()) == {0, 1}
+    lesion = batch["target"].float()
+    assert lesion.sum() == 3 * 4 * 6 * 8  # nothing of it is lost, and the ignored voxel is healthy tissue here
+    # In the middle of the lesion lies the diseased case, far from it the healthy one: other coordinates of their own.
+    seed(0)
+    pair = PairLoader.generate_train_batch(stream)
+    inside = 1 - soft_border(1 - lesion)
+    core, far = inside == 1, soft_border(lesion) == 0
+    torch.testing.assert_close(batch["data"] * core, pair["diseased"] * core)
+    torch.testing.assert_close(batch["data"] * far, pair["healthy"] * far)
+
+
+def test_a_fainter_lesion_lets_the_healthy_tissue_shine_through(labelled: VolumeReader) -> None:
+    seed(0)
+    stream = pasted(labelled, still(BOX_SIZE), strength=(0.5, 0.5))
+    batch = stream.generate_train_batch()
+    seed(0)
+    pair = PairLoader.generate_train_batch(stream)
+    core = (1 - soft_border(1 - batch["target"].float())) == 1
+    torch.testing.assert_close(batch["data"] * core, (pair["diseased"] + pair["healthy"]) / 2 * core)
+
+
+def test_pasted_targets_have_the_form_of_nnunets_own(labelled: VolumeReader) -> None:
+    transforms = nnUNetTrainer.get_training_transforms(
+        BOX_SIZE, (-0.2, 0.2), [[1.0] * 3, [0.5] * 3], (2,), False, foreground_labels=[1], regions=[(1,), (1, 2)]
+    )
+    batch = pasted(labelled, transforms).generate_train_batch()
+    shapes = [tuple(level.shape) for level in batch["target"]]
+    assert shapes == [(3, 2, *BOX_SIZE), (3, 2, *(n // 2 for n in BOX_SIZE))]
+    assert batch["data"].shape == (3, 3, *BOX_SIZE)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gasnet_nnunet.intensity import IntensityWindow
 from gasnet_nnunet.losses import lesion_probability
-from gasnet_nnunet.synthesis import paste_lesions, pseudo_label, restore
+from gasnet_nnunet.synthesis import paste_lesions, pseudo_label, restore, soft_border
 
 SEEDS = st.integers(0, 10_000)
 DICE = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
@@ -186,3 +186,13 @@ def test_a_volume_of_which_nothing_is_sure_has_a_finite_loss() -> None:
 def test_learning_from_pseudo_labels_ranks_agreement_over_contradiction() -> None:
     loss, logits, target, _ = label_maps_case((1, 2, 3))
     assert loss(logits * 2, target.float()) < loss(-logits, target.float())
+
+
+def test_a_soft_border_is_the_mean_of_the_neighbours_in_its_slice() -> None:
+    mask = torch.zeros(1, 1, 3, 5, 5)
+    mask[0, 0, 1, 1:4, 1:4] = 1
+    soft = soft_border(mask)
+    assert soft[0, 0, 1, 2, 2] == 1
+    assert soft[0, 0, 1, 1, 2] == pytest.approx(6 / 9)
+    assert soft[0, 0, 1, 0, 0] == pytest.approx(1 / 9)
+    assert not soft[0, 0, [0, 2]].any()

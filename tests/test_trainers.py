@@ -322,7 +322,7 @@ def documented_ablations() -> dict[str, list[str]]:
 def test_every_documented_ablation_trains_its_terms_alone(row: str, make: Make) -> None:
     rows = documented_ablations()
     assert list(rows) == ["none", *ADDED]
-    trainer = make(pseudo_start=0.0, **parse_assignments(rows[row]))
+    trainer = make(pseudo_start=0.0, weight_outside=0.0, **parse_assignments(rows[row]))
     trainer.on_train_start()
     report = run_epoch(trainer)[-1]
     wanted = ON.union(*(ADDED[name] for name in list(rows)[1 : list(rows).index(row) + 1]))
@@ -523,7 +523,7 @@ def finished(datasets: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     root, results = datasets("one class"), tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as environment:
         use_folders(environment, root, results)
-        trainer = build(root, "one class", gallery_every_epochs=1, save_every_minutes=1e-6)
+        trainer = build(root, "one class", gallery_every_epochs=1, save_every_minutes=1e-6, averaged_iterations=4)
         folder = Path(trainer.output_folder)
         leftover = folder / ".checkpoint_best.pth.tmp"
         leftover.write_bytes(b"half a checkpoint")
@@ -630,13 +630,39 @@ def resume(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_state_is_restored(finished: Finished, resume: Make) -> None:
     checkpoint, trainer = finished.checkpoint("final"), resume("final")
     assert trainer.current_epoch == 3
-    assert_same(dict(trainer.network.state_dict()), dict(checkpoint["network_weights"]))
+    assert_same(dict(trainer.network.state_dict()), dict(checkpoint[CHECKPOINT_KEY]["segmenter"]))
+    average = trainer.gasnet_step.average
+    assert_same(dict(average.module.state_dict()), dict(checkpoint["network_weights"]))
+    assert average.n_averaged == 6
     assert_same(trainer.optimizer.state_dict(), checkpoint["optimizer_state"])
     assert checkpoint["optimizer_state"]["state"][0]["momentum_buffer"].any()
     assert_same(_plain(trainer.adversary.state_dict()), _plain(checkpoint[CHECKPOINT_KEY]["adversary"]))
     assert checkpoint[CHECKPOINT_KEY]["adversary"]["optimizer_generator"]["state"][0]["step"] == 6
     assert_same(trainer.logger.get_checkpoint(), checkpoint["logging"])
     assert trainer.best_epoch.state_dict() == finished.trainer.best_epoch.state_dict()
+
+
+def test_the_average_of_s_predicts_and_s_goes_on_training(finished: Finished, resume: Make) -> None:
+    checkpoint, trainer = finished.checkpoint("final"), resume("final")
+    averaged, current = checkpoint["network_weights"], checkpoint[CHECKPOINT_KEY]["segmenter"]
+    assert any(not torch.equal(averaged[name], current[name]) for name in current)
+    trainer.on_train_start()
+    trainer.on_validation_epoch_start()
+    assert_same(dict(trainer.network.state_dict()), dict(averaged))
+    trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+    assert_same(dict(trainer.network.state_dict()), dict(current))
+    trainer.perform_actual_validation()
+    assert_same(dict(trainer.network.state_dict()), dict(averaged))
+
+
+def test_an_average_begins_as_s_itself_and_then_follows_it(make: Make) -> None:
+    trainer = make(averaged_iterations=1000)
+    trainer.on_train_start()
+    before = weights(trainer.network)
+    run_epoch(trainer)
+    after, averaged = weights(trainer.network), weights(trainer.gasnet_step.average)
+    # Over as many iterations as there have been, not over a thousand that would keep the first weights.
+    assert (averaged - after).norm() < 0.6 * (before - after).norm()
 
 
 def _plain(states: Mapping[str, Any]) -> dict[str, Any]:
@@ -654,6 +680,7 @@ def test_settings_of_the_checkpoint_win_and_differences_are_logged(resume: Make)
         "save_every_minutes: 10.0 -> 1e-06",
         "gallery_every_epochs: 0 -> 1",
         "lambda_s: 7.0 -> 100.0",
+        "averaged_iterations: 20 -> 4",
     ]
 
 
@@ -755,6 +782,123 @@ def test_pretrained_weights_are_those_of_the_segmenter_without_its_heads(make: M
     pretrained = finished.checkpoint("final")["network_weights"]
     for name, weight in trainer.network.state_dict().items():
         assert torch.equal(weight, (fresh if ".seg_layers." in name else pretrained)[name])
+
+
+# Fine-tuning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fine_tuned(make: Make, finished: Finished) -> Make:
+    """A trainer for another archive, on its way from the finished training's final checkpoint."""
+
+    def build(layout: str = "one mask", *arguments: Any, **options: Any) -> Any:
+        return make(layout, *arguments, **{"init_from": str(finished.folder / "checkpoint_final.pth"), **options})
+
+    return build
+
+
+def test_fine_tuning_starts_from_all_three_networks_with_fresh_optimisers(fine_tuned: Make, finished: Finished) -> None:
+    checkpoint, trainer = finished.checkpoint("final"), fine_tuned(seed=5)
+    trainer.on_train_start()
+    assert_same(dict(trainer.network.state_dict()), dict(checkpoint["network_weights"]))
+    for name in ("generator", "discriminator"):
+        stored = checkpoint[CHECKPOINT_KEY]["adversary"][name]
+        assert_same(dict(getattr(trainer.adversary, name).state_dict()), dict(stored))
+    assert trainer.current_epoch == 0
+    optimizers = [trainer.optimizer, *trainer.adversary.optimizers.values()]
+    assert not any(optimizer.state for optimizer in optimizers)
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.initial_lr
+    assert trainer.best_epoch.state_dict() == BestEpoch().state_dict()
+    assert f"starts from the weights in {finished.folder}" in log_of(trainer)
+    assert "data of another kind" not in log_of(trainer)
+    # M^ is that of the loaded model, which the same watch sees on the new archive's volumes.
+    mine = trainer.watch.readings()
+    trainer.gasnet_step.segmenter = finished.trainer.network
+    assert mine == trainer.watch.readings()
+    trainer.gasnet_step.segmenter = trainer.network
+    outputs = run_epoch(trainer)
+    assert np.isfinite([output["L_adv"] for output in outputs]).all()
+    assert not torch.equal(weights(trainer.network), weights(finished.trainer.network))
+
+
+def test_weights_are_loaded_once(fine_tuned: Make, tmp_path: Path) -> None:
+    """A continued training goes on from its own weights, even where the first model is gone."""
+    first = fine_tuned()
+    first.on_train_start()
+    run_epoch(first)
+    path = tmp_path / "checkpoint_latest.pth"
+    content = first.settings.to_dict()
+    first.save_checkpoint(str(path))
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["gasnet"]["init_from"] = "/gone.pth"
+    torch.save(checkpoint, path)
+
+    second = fine_tuned(continue_training=True)
+    second.load_checkpoint(str(path))
+    second.on_train_start()
+
+    assert content["init_from"].endswith("checkpoint_final.pth")
+    assert second.current_epoch == 1
+    assert torch.equal(weights(second.network), weights(first.network))
+
+
+def test_baseline_is_fine_tuned_without_g_and_d(fine_tuned: Make, finished: Finished) -> None:
+    trainer = fine_tuned("one mask", SupervisedBaselineTrainer)
+    trainer.on_train_start()
+    assert torch.equal(weights(trainer.network), weights(finished.trainer.network))
+    assert "data of another kind" not in log_of(trainer)
+
+
+def test_data_of_another_kind_are_warned_of(fine_tuned: Make) -> None:
+    trainer = fine_tuned()
+    trainer.configuration_manager.configuration["spacing"] = [5.0, 7.0, 7.0]
+    trainer.plans_manager.plans["foreground_intensity_properties_per_channel"]["0"]["mean"] = -400.0
+    trainer.on_train_start()
+    line = next(line for line in log_of(trainer).splitlines() if "data of another kind" in line)
+    assert "spacing: [12.5, 7.0, 7.0] -> [5.0, 7.0, 7.0]" in line
+    assert '"mean": -450.0' in line
+
+
+UNFIT = {
+    "missing": "init_from names .*origin.pth, which is no file",
+    "truncated": "origin.pth cannot be read",
+    "of another trainer": "origin.pth holds no generator and no discriminator: it was written by nnUNetTrainer",
+    "other labels": r'trained on other outputs.*labels .*"lesion": 1} there, .*"right": 1, "left": 2} here',
+    "other channels": r'channel_names \["t1"\] there, \["ct"\] here',
+    "other architecture": r"another architecture.*features_per_stage \[4, 8, 16\] there, \[4, 8, 8\] here.*--init-from",
+    "other generator": r"The generator in .* is of another size .*\(generator_features: 4 -> 8\)",
+}
+
+
+@pytest.mark.parametrize("fault", UNFIT)
+def test_unfit_origin_is_refused_before_any_work(
+    fault: str, fine_tuned: Make, finished: Finished, tmp_path: Path
+) -> None:
+    path = tmp_path / "origin.pth"
+    content = finished.checkpoint("final")
+    arguments = content["init_args"]
+    layout, settings = "one mask", {"init_from": str(path)}
+    if fault == "of another trainer":
+        del content[CHECKPOINT_KEY]
+        content["trainer_name"] = "nnUNetTrainer"
+    elif fault == "other labels":
+        layout = "two classes"
+    elif fault == "other channels":
+        arguments["dataset_json"]["channel_names"] = {"0": "T1"}
+    elif fault == "other architecture":
+        architecture = arguments["plans"]["configurations"]["3d_fullres"]["architecture"]
+        architecture["arch_kwargs"]["features_per_stage"] = [4, 8, 16]
+    elif fault == "other generator":
+        settings["generator_features"] = 8
+    if fault != "missing":
+        torch.save(content, path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    trainer = fine_tuned(layout, **settings)
+    with pytest.raises(SystemExit, match=f"^Error: .*{UNFIT[fault]}") as caught:
+        trainer.on_train_start()
+    assert "\n" not in str(caught.value)
+    assert trainer._cases is None
 
 
 # Validation -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 
 from gasnet_nnunet.phantom import Phantom, make_phantom
@@ -169,6 +170,50 @@ def preprocess(raw: Path, preprocessed: Path, plans: dict[str, Any]) -> None:
     shutil.copy(raw / "dataset.json", preprocessed)
     (preprocessed / "dataset_fingerprint.json").write_text("{}")
     (preprocessed / f"{plans['plans_name']}.json").write_text(json.dumps(plans))
+
+
+def train(root: Path, trainer: type, *, dataset: str = "Dataset501_Tiny", **settings: Any) -> Path:
+    """Train and validate fold 0 in this process; the folder of the fold.
+
+    Args:
+        root: Folder of `raw`, `preprocessed` and `results`; data are written there unless they are there already.
+        trainer: GASNetTrainer or one like it.
+        dataset: Name of the dataset.
+        settings: What differs from `SETTINGS`.
+    """
+    import matplotlib
+    import torch
+    from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summary_json
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+    raw, preprocessed = root / "raw" / dataset, root / "preprocessed" / dataset
+    if not raw.exists():
+        write_raw(raw, names(2, 2, 3))
+        preprocess(raw, preprocessed, plans(dataset))
+    made = plans(dataset, settings={**SETTINGS, **settings}) | {"continue_training": False}
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("raw", "preprocessed", "results"):
+            patch.setenv(f"nnUNet_{folder}", str(root / folder))
+        patch.setenv("nnUNet_n_proc_DA", "0")
+        patch.setitem(matplotlib.rcParams, "savefig.dpi", 20)  # nnU-Net draws 16 million pixels an epoch
+        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+        done = trainer(made, CONFIGURATION, 0, dataset_json, torch.device("cpu"))
+        done.run_training()
+    fold = Path(done.output_folder)
+    # What nnU-Net's validation writes, without the processes that it starts, for masks a little off the truth.
+    (fold / "validation").mkdir()
+    found = []
+    for case in done.do_split()[1]:
+        prediction = fold / "validation" / f"{case}.nii.gz"
+        write_image(np.roll(patient(case).lesion, 2, axis=2), prediction)
+        reference = preprocessed / "gt_segmentations" / prediction.name
+        found.append(compute_metrics(str(reference), str(prediction), SimpleITKIO(), [1]))
+    mean = found[0]["metrics"]
+    summary = {"metric_per_case": found, "mean": mean, "foreground_mean": mean[1]}
+    recursive_fix_for_json_export(summary)
+    save_summary_json(summary, str(fold / "validation" / "summary.json"))
+    return fold
 
 
 def write_model(

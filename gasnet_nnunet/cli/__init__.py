@@ -15,7 +15,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from gasnet_nnunet import __version__
-from gasnet_nnunet.cli import check, convert, demo, doctor, extend, lungs, plan, restore, splits
+from gasnet_nnunet.cli import (
+    check,
+    compare,
+    convert,
+    demo,
+    doctor,
+    export,
+    extend,
+    lungs,
+    plan,
+    report,
+    restore,
+    splits,
+    study,
+)
 from gasnet_nnunet.cli.variadic import VariadicCommand
 from gasnet_nnunet.errors import FILES_REFUSED, UserError
 
@@ -64,7 +78,11 @@ _register(app, check.check)
 _register(app, lungs.lungs)
 _register(app, splits.splits)
 _register(app, plan.plan, cls=VariadicCommand)
+_register(app, export.export, cls=VariadicCommand)
 _register(app, restore.restore, cls=VariadicCommand)
+_register(app, study.study)
+_register(app, compare.compare, cls=VariadicCommand)
+_register(app, report.report)
 
 
 def main() -> None:

@@ -330,7 +330,14 @@ def compare(out: Path, console: Console) -> None:
     """Score both models on the unseen patients, print the table and draw the figures."""
     import pandas as pd
 
-    from gasnet_nnunet.evaluation import evaluate_folder, markdown_table, plot_comparison, plot_overlays, rich_table
+    from gasnet_nnunet.evaluation import (
+        PAPER_METRICS,
+        evaluate_folder,
+        markdown_table,
+        plot_comparison,
+        plot_overlays,
+        rich_table,
+    )
 
     test = out / "phantoms" / "test"
     predictions = {model: out / "predictions" / trainer for model, trainer in MODELS.items()}
@@ -338,8 +345,8 @@ def compare(out: Path, console: Console) -> None:
         model: evaluate_folder(folder, test / "mask", lungs=test / "lung") for model, folder in predictions.items()
     }
     pd.concat(frames, names=["model"]).to_csv(out / "scores.csv")
-    (out / "comparison.md").write_text(markdown_table(frames), encoding="utf-8")
-    plot_comparison(frames, out / "comparison.png")
+    (out / "comparison.md").write_text(markdown_table(frames, metrics=PAPER_METRICS), encoding="utf-8")
+    plot_comparison(frames, out / "comparison.png", metrics=PAPER_METRICS)
     cases = next(iter(frames.values())).index
     diseased = [case for case in cases if "diseased" in case][:3]
     healthy = [case for case in cases if "healthy" in case][:1]
@@ -351,7 +358,8 @@ def compare(out: Path, console: Console) -> None:
         cases=[*diseased, *healthy],
     )
     console.print()
-    console.print(rich_table(frames, title=f"{len(cases)} unseen phantom patients, one mask to learn from"))
+    title = f"{len(cases)} unseen phantom patients, one mask to learn from"
+    console.print(rich_table(frames, title=title, metrics=PAPER_METRICS))
     console.print("\nSee:")
     results = out / "nnUNet_results" / f"Dataset{DATASET}_{DATASET_NAME}" / "GASNetTrainer__GASNetPlans__3d_fullres"
     for path, what in (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +20,9 @@ MOST_PROCESSES = 8
 
 def plan(
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="Dataset id or name in nnUNet_raw.")],
-    preset: Annotated[str, typer.Option(help="Where to start from: default, paper or small.")] = "default",
+    preset: Annotated[
+        str | None, typer.Option(help="Where to start from: default (if left out), paper or small.")
+    ] = None,
     patch: Annotated[
         tuple[int, int, int] | None,
         typer.Option(metavar="Z Y X", help="Patch size in voxels; derived from the data if left out."),
@@ -27,6 +30,16 @@ def plan(
     features: Annotated[
         list[int] | None,
         typer.Option(metavar="F ...", help="Feature maps of S: at full resolution, or of every stage."),
+    ] = None,
+    segmenter: Annotated[
+        str | None, typer.Option(help="Network of S: plain (if left out), resenc, vbnet or unetpp.")
+    ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Trained model to go on from: its weights, and its network, spacing, patch, window and settings.",
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the plans, for nnU-Net's -p.")] = "GASNetPlans",
     set_: Annotated[
@@ -56,7 +69,9 @@ def plan(
         from gasnet_nnunet.planning import make_plans, prepare_organ_masks, resolve_choices, run_preprocessing
         from gasnet_nnunet.settings import load_preset
 
-    choices, settings = resolve_choices(preset, patch, features or [], set_ or [])
+    choices, settings = resolve_choices(
+        preset, patch, features or [], set_ or [], segmenter=segmenter, init_from=init_from
+    )
     processes = num_processes or min(MOST_PROCESSES, os.cpu_count() or 1)
     planned = make_plans(
         dataset,
@@ -68,8 +83,8 @@ def plan(
         progress=True,
     )
     console.print(escape(planned.cohort.report()))
-    console.print(_table(planned, preset))
-    deviations = load_preset(preset).deviations
+    console.print(_table(planned, preset or "default"))
+    deviations = load_preset(preset).deviations if preset else ()
     if deviations:
         console.print("Where this differs from the paper:")
         for deviation in deviations:
@@ -102,24 +117,37 @@ def plan(
 
 def _table(planned: Planned, preset: str) -> Table:
     """What was chosen and why."""
+    from gasnet_nnunet.adversary import needs_generator
+
     configuration, geometry, settings = planned.configuration, planned.geometry, planned.settings
     organ = settings.organ
-    table = Table(
-        title=f"{planned.plans['plans_name']} for {planned.dataset.name} (preset {preset})", title_justify="left"
-    )
+    origin = planned.origin
+    source = f"preset {preset}" if origin is None else f"goes on from {origin.plans['dataset_name']}"
+    table = Table(title=f"{planned.plans['plans_name']} for {planned.dataset.name} ({source})", title_justify="left")
     for column in ("", "chosen", "why"):
         table.add_column(column, overflow="fold")
 
     def row(name: str, chosen: str, *reasons: str) -> None:
         table.add_row(name, escape(chosen), escape(" ".join(reason for reason in reasons if reason)))
 
-    given = "given" if planned.choices.patch_size is not None else "derived"
-    row("patch (Z Y X)", _times(geometry.patch_size), f"{given}.", *geometry.remarks)
-    extent = planned.covered_extent
+    given = "given." if planned.choices.patch_size is not None else "derived."
+    at_most = f"at most {planned.choices.max_features}."
+    batch_size, extent = configuration["batch_size"], planned.covered_extent
+    batch_rule = "given."
+    if not planned.choices.batch_size:
+        batch_rule = "nnU-Net's rule: memory target, at most 5 % of the data, at least 2."
+    made_for = f"{organ} of {_times(extent, '.0f')} mm, as in {planned.decisive_cases}, in a patch of"
+    if origin is not None:
+        given = at_most = "that of the checkpoint."
+        made_for = "that of the checkpoint, with which a patch is"
+        batch_rule = given if batch_size == origin.configuration["batch_size"] else batch_rule
+        alone = "" if needs_generator(settings) else "Of S alone: the terms of G and D are off in its settings."
+        row("weights", f"{origin.trainer} on {origin.plans['dataset_name']}", f"{origin.path}.", alone)
+    row("patch (Z Y X)", _times(geometry.patch_size), given, *geometry.remarks)
     row(
         "spacing (mm)",
         _times(geometry.spacing, ".3g"),
-        f"{organ} of {_times(extent, '.0f')} mm, as in {planned.decisive_cases}, in a patch of",
+        made_for,
         f"{_times(planned.patch_mm, '.0f')} mm; median of the data {_times(planned.median_spacing, '.3g')} mm.",
     )
     held = len(planned.measures) - len(planned.cut_off)
@@ -136,15 +164,10 @@ def _table(planned: Planned, preset: str) -> Table:
             row(f"window of {name}", bounds, planned.window_reason)
         else:
             row(f"window of {name}", configuration["normalization_schemes"][int(channel)], "nnU-Net's, by its name.")
-    row(
-        "batch size",
-        str(configuration["batch_size"]),
-        "given."
-        if planned.choices.batch_size
-        else "nnU-Net's rule: memory target, at most 5 % of the data, at least 2.",
-    )
+    row("batch size", str(batch_size), batch_rule)
     arch = configuration["architecture"]["arch_kwargs"]
-    row("features of S", " ".join(map(str, arch["features_per_stage"])), f"at most {planned.choices.max_features}.")
+    row("network of S", *_segmenter(configuration))
+    row("features of S", " ".join(map(str, arch["features_per_stage"])), at_most)
     row("strides", " ".join("".join(map(str, stride)) for stride in arch["strides"]), "nnU-Net's rules (Z Y X each).")
     row(
         "training",
@@ -152,6 +175,17 @@ def _table(planned: Planned, preset: str) -> Table:
         f"{settings.discriminator_steps} D updates each; pseudo-labels after {settings.pseudo_start:.0%}.",
     )
     return table
+
+
+def _segmenter(configuration: dict[str, Any]) -> tuple[str, str]:
+    """What S is, and who can predict with it."""
+    from gasnet_nnunet.segmenters import SEGMENTERS, needs_this_package, segmenter_of
+
+    name = segmenter_of(configuration)
+    shown = configuration["architecture"]["network_class_name"].split(".")[-1] if name is None else name
+    what = f"{SEGMENTERS[name].description}; " if name is not None else ""
+    who = "predicting needs this package" if needs_this_package(configuration) else "stock nnU-Net predicts with it"
+    return shown, f"{what}{who}."
 
 
 def _cost(cost: Cost) -> str:

@@ -95,9 +95,12 @@ function draw(canvas, slice, grey) {
     for (const [label, path] of slice.outlines) {
       const scaled = new Path2D();
       scaled.addPath(path, new DOMMatrix([across, 0, 0, ratio, 0, 0]));
-      context.lineWidth = 1.4 * fine;
-      context.strokeStyle = COLOURS[(label - 1) % COLOURS.length];
-      context.stroke(scaled);
+      // A dark rim keeps the line in sight on white tissue.
+      for (const [colour, wide] of [["#0008", 3], [COLOURS[(label - 1) % COLOURS.length], 1.4]]) {
+        context.lineWidth = wide * fine;
+        context.strokeStyle = colour;
+        context.stroke(scaled);
+      }
     }
   }
   if (state.cursor) {
@@ -137,7 +140,7 @@ async function show() {
   byId("slider").value = number;
   byId("profile-mark").style.left = `${100 * (number + 0.5) / depth}%`;
   readOut(slice);
-  document.body.dataset.shown = number;
+  document.body.dataset.shown = [number, state.level, state.window, state.contour].join(" ");
   if (number + 1 < depth) load(number + 1);
 }
 

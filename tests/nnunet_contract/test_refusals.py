@@ -39,6 +39,14 @@ def test_misspelt_setting_ends_the_command_with_one_line(trained: Workspace, sna
     assert snapshot(trained.results) == before
 
 
+def test_model_to_go_on_from_that_is_not_there(planned: Workspace, tmp_path: Path) -> None:
+    workspace = planned.with_results(tmp_path / "results")
+    workspace.write_plans("Lost", init_from="/nowhere/checkpoint_final.pth")
+    sentence = refusal(workspace, "3d_fullres", 0, "-p", "Lost")
+    assert sentence.startswith("Error: init_from names /nowhere/checkpoint_final.pth, which is no file.")
+    assert not list(workspace.results.rglob("*.pth"))
+
+
 def test_unknown_configuration(trained: Workspace, snapshot: Snapshot) -> None:
     before = snapshot(trained.results)
     sentence = refusal(trained, "3d_lowres", 0)

@@ -1,0 +1,523 @@
+"""A comparison written down: what a study trains, on which cases, and what is wrong with its file before it starts.
+
+A study is arms (trainer, settings, plans) x numbers of masks x choices of those masks x folds on one dataset. It comes
+from a YAML file or is one of those that come with the package. `study_runner.py` runs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.settings import GASNetSettings, plans_folder, preset_names
+
+OUR_TRAINERS = ("GASNetTrainer", "SupervisedBaselineTrainer", "VanillaTrainer")
+"""Trainers that take their length and all else from the plans."""
+OWN = ("title", "like", "equal_time_with", "init_from")
+"""What an arm does not take from the one that it is like."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PseudoLabels(_Part):
+    """Iterative pseudo-labels: train on the masks, predict the diseased volumes, train on both.
+
+    Args:
+        rounds: How often it trains on predictions, after the first training on the masks alone.
+        updates: Whether all trainings together have the arm's updates of S (`total`) or each of them (`each`).
+    """
+
+    rounds: Annotated[int, Field(ge=1, le=20)] = 1
+    updates: Literal["total", "each"] = "total"
+
+
+class Arm(_Part):
+    """What is compared.
+
+    Args:
+        title: Name in tables and figures; the arm's key if left out.
+        like: Another arm, of which this one takes everything that it does not say itself.
+        trainer: nnU-Net's `-tr`. `VanillaTrainer` is nnU-Net's own with the length of the study's settings;
+            `nnUNetTrainer` itself takes nnU-Net's 1000 epochs.
+        plans: Plans to start from, if they are not the study's.
+        segmenter: Network in place of the planned one, a name of `gasnet_nnunet.segmenters`.
+        settings: GASNet's settings, over those of the study and of the plans.
+        pseudo_labels: Iterative pseudo-labels; `None` for one training.
+        equal_time_with: Arm whose measured training time this one gets, in updates at the speed of the arm that it is
+            `like`.
+        init_from: Arm whose model on the same cases the training goes on from, with S, G and D.
+        volumes: Patterns of the volume-level cases that it learns from; all of the fold if left out.
+        masks: Numbers of masks, if it is not run with all of the study's.
+    """
+
+    title: str | None = None
+    like: str | None = None
+    trainer: str = "GASNetTrainer"
+    plans: str | None = None
+    segmenter: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    pseudo_labels: PseudoLabels | None = None
+    equal_time_with: str | None = None
+    init_from: str | None = None
+    volumes: tuple[str, ...] | None = None
+    masks: tuple[Count, ...] | None = None
+
+
+class Plan(_Part):
+    """What `gasnet-nnunet plan` is run with where the study's plans do not exist yet.
+
+    Args:
+        preset: Its `--preset`.
+        patch: Its `--patch`, (Z, Y, X).
+        features: Its `--features`.
+        settings: Its `--set`: `batch_size`, `hu_window` and `max_features`, and settings of GASNet.
+    """
+
+    preset: str = "default"
+    patch: tuple[int, int, int] | None = None
+    features: tuple[int, ...] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Phantoms(_Part):
+    """Phantom patients that the study draws for itself, as `gasnet_nnunet.phantom.write_phantoms` takes them."""
+
+    labelled: Count = 4
+    diseased: Count = 12
+    healthy: Count = 12
+    test_diseased: Count = 8
+    test_healthy: Count = 3
+    seed: int = 1
+    size: tuple[Count, Count, Count] = (26, 68, 68)
+    spacing: tuple[float, float, float] = (7.7, 5.0, 5.0)
+
+
+class Groups(_Part):
+    """Which cases have to stay on one side of every split, beside those of one patient.
+
+    Args:
+        file: JSON file with an entry for each case, or CSV file with a column `case`.
+        key: Name of the entry or column that holds the group; not needed where a JSON file maps cases to groups.
+    """
+
+    file: Path
+    key: str | None = None
+
+
+class Slurm(_Part):
+    """Options of the cluster's jobs; every name that submitit's `AutoExecutor` knows.
+
+    Args:
+        job: A job for each run, or one for all runs of an arm.
+        options: Passed on to `update_parameters`, e.g. `slurm_partition`, `gpus_per_node`, `timeout_min`, `mem_gb`.
+    """
+
+    job: Literal["run", "arm"] = "run"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Study(_Part):
+    """A study.
+
+    Args:
+        title: Heading of its summary.
+        dataset: Id or name of the dataset; the phantom study makes its own.
+        phantoms: Phantom patients to make the dataset of.
+        plans: Plans that the arms start from.
+        plan: How to make them if they do not exist.
+        configuration: nnU-Net's configuration.
+        masks: Numbers of masks to learn from.
+        repeats: Choices of those masks.
+        folds: Folds of a cross-validation in which each case with a mask is tested once; 1 for one set of test cases.
+        test: Test cases where there is one set: a number of patients with masks, or patterns of cases or groups, of
+            which `imagesTs` is one and `hidden` another: the cases whose masks were put aside. `rest` takes every mask
+            that a run does not learn from, as the paper's Table III. `auto` takes imagesTs where labelsTs has masks of
+            it, else a third of the patients.
+        truth: Folder of masks for test cases whose label file does not hold one.
+        lungs: Folder of lung masks of the test cases; those of the dataset, or computed ones, if left out.
+        labelled: Patterns of cases whose masks may be learnt from; all that are not tested if left out.
+        groups: Cases to be kept together.
+        subsets: Patterns of test cases that the tables show apart, by name.
+        settings: GASNet's settings for all arms.
+        arms: The arms by their keys, which name their plans.
+        checkpoint: Which one predicts.
+        mirroring: Test-time mirroring.
+        device: nnU-Net's `-device`; cuda where there is one if left out.
+        seed: Seed of the choices of masks and test cases.
+        slurm: The cluster.
+    """
+
+    title: str = "Study"
+    dataset: int | str | None = None
+    phantoms: Phantoms | None = None
+    plans: str = "GASNetPlans"
+    plan: Plan | None = None
+    configuration: str = "3d_fullres"
+    masks: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
+    repeats: Count = 3
+    folds: Count = 1
+    test: Annotated[int, Field(ge=1)] | str | tuple[str, ...] = "auto"
+    truth: Path | None = None
+    lungs: Path | None = None
+    labelled: tuple[str, ...] | None = None
+    groups: Groups | None = None
+    subsets: dict[str, str] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    checkpoint: Literal["final", "best"] = "final"
+    mirroring: bool = True
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    seed: int = 12345
+    slurm: Slurm = Slurm()
+
+    @field_validator("masks")
+    @classmethod
+    def _sorted(cls, masks: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(masks)))
+
+    @model_validator(mode="after")
+    def _whole(self) -> Study:
+        if (self.dataset is None) == (self.phantoms is None):
+            raise ValueError("name a dataset (dataset: 501, or -d 501), or phantoms, and not both")
+        if self.folds > 1 and self.test != "auto":
+            raise ValueError("test names one set of test cases, and with folds above 1 all are tested: give either")
+        return self
+
+    def title_of(self, arm: str) -> str:
+        """An arm's name in tables and figures."""
+        return self.arms[arm].title or arm
+
+    def masks_of(self, arm: str) -> tuple[int, ...]:
+        """Numbers of masks that an arm is run with."""
+        return self.arms[arm].masks or self.masks
+
+    def settings_of(self, arm: str, base: Mapping[str, Any]) -> GASNetSettings:
+        """Settings of an arm.
+
+        Args:
+            arm: Its key.
+            base: Settings in the plans that it starts from.
+
+        Raises:
+            UserError: A setting is misspelt or impossible.
+        """
+        merged = {**base, **self.settings, **self.arms[arm].settings}
+        return GASNetSettings.from_dict(merged, source=f"the settings of the arm '{arm}'")
+
+    def ordered_arms(self) -> list[str]:
+        """Keys of the arms, each after those whose time it is to equal."""
+        order: list[str] = []
+        waiting = list(self.arms)
+        while waiting:
+            ready = [key for key in waiting if set(self.needs(key)) <= set(order)]
+            if not ready:
+                break
+            order += ready
+            waiting = [key for key in waiting if key not in ready]
+        return order
+
+    def needs(self, arm: str) -> tuple[str, ...]:
+        """Arms whose runs an arm waits for, for their time or their model."""
+        this = self.arms[arm]
+        waited = [this.init_from, *((this.equal_time_with, this.like) if this.equal_time_with else ())]
+        return tuple(dict.fromkeys(other for other in waited if other is not None))
+
+    def dump(self) -> str:
+        """The study as YAML, which `load_study` reads again."""
+        content = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+PARTS: dict[tuple[str, ...], type[_Part]] = {
+    (): Study,
+    ("phantoms",): Phantoms,
+    ("plan",): Plan,
+    ("groups",): Groups,
+    ("slurm",): Slurm,
+    ("arms", "*"): Arm,
+    ("arms", "*", "pseudo_labels"): PseudoLabels,
+}
+
+
+def study_names() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(path.stem for path in (plans_folder() / "studies").glob("*.yaml"))
+
+
+def load_study(name_or_file: str, changes: Mapping[str, Any] | None = None) -> Study:
+    """Read and check a study.
+
+    Args:
+        name_or_file: A YAML file, or the name of a study that comes with the package.
+        changes: Top-level entries that replace the file's; `settings` are added to the file's.
+
+    Raises:
+        UserError: There is no such study, or something in it is misspelt, missing or impossible: all of it is listed,
+            with its line.
+    """
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if name_or_file not in study_names():
+            raise UserError(
+                f"There is no study '{name_or_file}'.{hint(name_or_file, study_names())} Name a YAML file or one of "
+                f"{', '.join(study_names())}."
+            )
+        path = plans_folder() / "studies" / f"{name_or_file}.yaml"
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no study; expected at least 'dataset' and 'arms'.")
+    problems = _Problems(path, root)
+    problems.find_twins(root, ())
+    changes = dict(changes or {})
+    settings = changes.pop("settings", {})
+    content = {**content, **changes}
+    if settings:
+        content["settings"] = {**(content.get("settings") or {}), **settings}
+    content = _inherit(content, problems)
+    problems.raise_them()
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        for problem in error.errors():
+            problems.add_pydantic(problem)
+        problems.raise_them()
+        raise
+    _check(study, problems)
+    problems.raise_them()
+    return _absolute(study, path.parent)
+
+
+def hint(name: str, valid: Sequence[str]) -> str:
+    """' Did you mean ...?' where something valid is close, else nothing."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def trainer_names() -> list[str]:
+    """Trainers that nnU-Net would find, read from its files and those of `nnUNet_extTrainer` without importing them."""
+    names = set(OUR_TRAINERS)
+    spec = importlib.util.find_spec("nnunetv2")
+    folders = [Path(place) / "training" / "nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or ()]
+    folders += [Path(place) for place in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if place]
+    for folder in folders:
+        for file in folder.rglob("*.py"):
+            names |= set(re.findall(r"^class (\w+)", file.read_text(encoding="utf-8", errors="ignore"), re.MULTILINE))
+    return sorted(names)
+
+
+def segmenter_names() -> list[str]:
+    """Names that an arm's `segmenter` may have."""
+    from gasnet_nnunet.segmenters import SEGMENTERS
+
+    return list(SEGMENTERS)
+
+
+class _Problems:
+    """What is wrong with a study file, each with the line where it stands."""
+
+    def __init__(self, path: Path, root: yaml.Node | None) -> None:
+        self.path, self.root = path, root
+        self.found: list[str] = []
+
+    def add(self, place: Sequence[Any], text: str) -> None:
+        """Add a sentence about the entry at a path of keys."""
+        key = ".".join(map(str, place))
+        line = self._line(place)
+        where = f"{key} (line {line})" if key and line else key or "the file"
+        self.found.append(f"{where}: {text}")
+
+    def add_pydantic(self, problem: Any) -> None:
+        """Add what pydantic found; of an unknown key, the close one."""
+        place = [part for part in problem["loc"] if not _is_branch(part)]
+        if problem["type"] == "extra_forbidden":
+            valid = list(_part_at(place[:-1]).model_fields)
+            self.add(place, f"there is no such entry.{hint(str(place[-1]), valid)} Valid here: {', '.join(valid)}.")
+            return
+        message = problem["msg"].removeprefix("Value error, ")
+        value = problem.get("input")
+        found = f" (found {value!r})" if isinstance(value, str | int | float | bool | list) else ""
+        self.add(place, f"{message}{found}.")
+
+    def find_twins(self, node: yaml.Node | None, place: tuple[str, ...]) -> None:
+        """Keys that stand twice in one mapping, of which YAML silently keeps the last."""
+        if not isinstance(node, yaml.MappingNode):
+            return
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                self.found.append(f"{'.'.join([*place, key.value])} (line {key.start_mark.line + 1}): is there twice.")
+            seen.add(key.value)
+            self.find_twins(value, (*place, key.value))
+
+    def raise_them(self) -> None:
+        """Raise one UserError for all of them.
+
+        Raises:
+            UserError: There is at least one.
+        """
+        if self.found:
+            found = list(dict.fromkeys(self.found))
+            listed = f" {found[0]}" if len(found) == 1 else "".join(f"\n  - {text}" for text in found)
+            raise UserError(f"{self.path} cannot be run:{listed}")
+
+    def _line(self, place: Sequence[Any]) -> int | None:
+        node, line = self.root, None
+        for part in place:
+            if not isinstance(node, yaml.MappingNode):
+                break
+            for key, value in node.value:
+                if key.value == str(part):
+                    node, line = value, key.start_mark.line + 1
+                    break
+            else:
+                break
+        return line
+
+
+def _is_branch(part: Any) -> bool:
+    """pydantic names the branch of a union in the path of a problem."""
+    return isinstance(part, str) and (part in ("int", "str") or "[" in part or "constrained" in part)
+
+
+def _part_at(place: Sequence[Any]) -> type[_Part]:
+    for pattern, part in PARTS.items():
+        if len(pattern) == len(place) and all(a in ("*", b) for a, b in zip(pattern, place, strict=True)):
+            return part
+    return Study
+
+
+def _inherit(content: dict[str, Any], problems: _Problems) -> dict[str, Any]:
+    """Give each arm what the arm that it is `like` says."""
+    arms = content.get("arms")
+    if not isinstance(arms, dict) or not all(isinstance(arm, dict | None) for arm in arms.values()):
+        return content
+
+    def resolve(key: Any, chain: tuple[Any, ...]) -> dict[str, Any]:
+        arm = dict(arms[key] or {})
+        like = arm.get("like")
+        if like is None:
+            return arm
+        if like not in arms:
+            problems.add(("arms", key, "like"), f"there is no arm '{like}'.{hint(str(like), list(map(str, arms)))}")
+            return arm
+        if like in (*chain, key):
+            problems.add(("arms", key, "like"), "arms are like each other in a circle.")
+            return arm
+        model = {name: value for name, value in resolve(like, (*chain, key)).items() if name not in OWN}
+        settings = {**(model.get("settings") or {}), **(arm.get("settings") or {})}
+        return {**model, **arm, **({"settings": settings} if settings else {})}
+
+    return {**content, "arms": {key: resolve(key, ()) for key in arms}}
+
+
+def _check(study: Study, problems: _Problems) -> None:
+    """What one entry says about another."""
+    trainers: list[str] = []
+    for key, arm in study.arms.items():
+        place = ("arms", key)
+        if not NAME.fullmatch(key) or "__" in key:
+            problems.add(place, "an arm's key names its plans: letters, digits, '-' and '_' only, and no '__'.")
+        trainers = trainers or trainer_names()
+        if arm.trainer not in trainers and not _importable(arm.trainer):
+            problems.add((*place, "trainer"), f"nnU-Net has no trainer '{arm.trainer}'.{hint(arm.trainer, trainers)}")
+        for settings, where in ((study.settings, ("settings",)), (arm.settings, (*place, "settings"))):
+            for name in settings:
+                if name not in GASNetSettings.names():
+                    valid = GASNetSettings.names()
+                    problems.add((*where, name), f"there is no such setting.{hint(str(name), valid)}")
+        if not problems.found:
+            try:
+                study.settings_of(key, {})
+            except UserError as error:
+                problems.add((*place, "settings"), str(error))
+        if arm.segmenter is not None and arm.segmenter not in segmenter_names():
+            names = segmenter_names()
+            problems.add(
+                (*place, "segmenter"),
+                f"there is no segmenter '{arm.segmenter}'.{hint(arm.segmenter, names)} Valid: {', '.join(names)}.",
+            )
+        for number in arm.masks or ():
+            if number not in study.masks:
+                problems.add((*place, "masks"), f"{number} is none of the study's numbers {list(study.masks)}.")
+        _check_needs(study, key, problems)
+    if study.plan is not None and study.plan.preset not in preset_names():
+        preset = study.plan.preset
+        problems.add(("plan", "preset"), f"there is no preset '{preset}'.{hint(preset, preset_names())}")
+
+
+def _check_needs(study: Study, key: str, problems: _Problems) -> None:
+    """The arms that an arm waits for exist, come first, and are run with as many masks."""
+    arm, place = study.arms[key], ("arms", key)
+    for entry in ("equal_time_with", "init_from"):
+        other = getattr(arm, entry)
+        if other is not None and other not in study.arms:
+            valid = list(study.arms)
+            problems.add((*place, entry), f"there is no arm '{other}'.{hint(other, valid)} Arms: {', '.join(valid)}.")
+            return
+    if arm.equal_time_with is not None:
+        if arm.like is None:
+            problems.add(
+                (*place, "equal_time_with"),
+                "such an arm has to be `like` another one, whose speed says how many updates fit into the time.",
+            )
+        if arm.trainer not in OUR_TRAINERS:
+            problems.add(
+                (*place, "trainer"),
+                f"{arm.trainer} does not take its length from the plans; of equal time are {', '.join(OUR_TRAINERS)}.",
+            )
+    for other in study.needs(key):
+        if key not in study.ordered_arms():
+            problems.add(place, f"it waits for '{other}', which waits for it.")
+        missing = sorted(set(study.masks_of(key)) - set(study.masks_of(other)))
+        if missing:
+            problems.add(place, f"it waits for '{other}', which is not run with {missing} masks.")
+
+
+def _importable(trainer: str) -> bool:
+    """Whether nnU-Net's own search finds it: somebody's module may make its names when asked."""
+    if not os.environ.get("nnUNet_extTrainer"):
+        return False
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        recursive_find_trainer_class_by_name(trainer)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _absolute(study: Study, folder: Path) -> Study:
+    """Paths in a study file are relative to it."""
+    changes: dict[str, Any] = {}
+    for name in ("truth", "lungs"):
+        path = getattr(study, name)
+        if path is not None:
+            changes[name] = (folder / path).resolve()
+            if not changes[name].is_dir():
+                raise UserError(f"{name} of the study is {changes[name]}, and there is no such folder.")
+    if study.groups is not None:
+        file = (folder / study.groups.file).resolve()
+        if not file.is_file():
+            raise UserError(f"groups.file of the study is {file}, and there is no such file.")
+        changes["groups"] = study.groups.model_copy(update={"file": file})
+    return study.model_copy(update=changes)

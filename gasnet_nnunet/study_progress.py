@@ -1,0 +1,108 @@
+"""How long a study will still take, by what its runs have taken so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from gasnet_nnunet.study_runner import EPOCH_TIME, record_of, updates_of
+from gasnet_nnunet.study_workspace import Run, Workspace
+
+
+class Estimate:
+    """What remains of a study.
+
+    Args:
+        workspace: The study.
+        pending: Runs that are still to be made.
+    """
+
+    def __init__(self, workspace: Workspace, pending: Sequence[Run]) -> None:
+        self.workspace = workspace
+        self.pending = list(pending)
+        self.current: Run | None = None
+        self._started = 0.0
+        self._epochs_done = 0
+        self._epoch_seconds = 0.0
+
+    def start(self, run: Run) -> None:
+        """A run begins."""
+        self.current, self._started = run, time.monotonic()
+        self._epochs_done, self._epoch_seconds = 0, 0.0
+        self.pending = [other for other in self.pending if other.name != run.name]
+
+    def hear(self, line: str) -> None:
+        """Take note of a line of nnU-Net's log."""
+        if found := EPOCH_TIME.search(line):
+            self._epoch_seconds += float(found[1])
+            self._epochs_done += 1
+
+    @property
+    def doing(self) -> str:
+        """How far the current run is."""
+        if self.current is None:
+            return ""
+        total = int(self.workspace.settings(self.current.arm)["num_epochs"])
+        done = f", epoch {self._epochs_done} of {total}" if self._epochs_done else ""
+        return f"{self.current.name}{done}"
+
+    def seconds(self) -> float | None:
+        """Seconds that remain, `None` while nothing is known to tell them by."""
+        known = self._known()
+        speed = self._speed(known)
+        remaining = 0.0
+        for run in self.pending:
+            expected = self._expected(run, known, speed)
+            if expected is None:
+                return None
+            remaining += expected
+        if self.current is not None:
+            expected = self._expected(self.current, known, speed)
+            if expected is None:
+                return None
+            remaining += max(0.0, expected - (time.monotonic() - self._started))
+        return remaining
+
+    def text(self) -> str:
+        """The same in words."""
+        seconds = self.seconds()
+        return "time left not known yet" if seconds is None else f"about {duration(seconds)} left"
+
+    def _known(self) -> dict[str, list[tuple[float, int]]]:
+        """Seconds and updates of the runs of each arm that are done."""
+        known: dict[str, list[tuple[float, int]]] = {}
+        for run in self.workspace.runs:
+            content = record_of(self.workspace, run).content
+            if content["state"] == "done":
+                known.setdefault(run.arm, []).append((float(content["seconds"]), int(content["updates"])))
+        return known
+
+    def _speed(self, known: dict[str, list[tuple[float, int]]]) -> float | None:
+        """Seconds of an update, where an arm has no run yet."""
+        runs = [run for arm in known.values() for run in arm]
+        if self.current is not None and self._epochs_done:
+            updates = updates_of(self.workspace, self.current, self._epochs_done)
+            runs = [*runs, (self._epoch_seconds, updates)]
+        total = sum(updates for _, updates in runs)
+        return sum(seconds for seconds, _ in runs) / total if total else None
+
+    def _expected(self, run: Run, known: dict[str, list[tuple[float, int]]], speed: float | None) -> float | None:
+        if run is self.current and self._epochs_done:
+            total = int(self.workspace.settings(run.arm)["num_epochs"])
+            return self._epoch_seconds / self._epochs_done * total
+        if run.arm in known:
+            return sum(seconds for seconds, _ in known[run.arm]) / len(known[run.arm])
+        updates = updates_of(self.workspace, run, int(self.workspace.settings(run.arm)["num_epochs"]))
+        return None if speed is None else speed * updates
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    Examples:
+        >>> duration(42), duration(600), duration(9000)
+        ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,573 @@
+"""How a study is run: nnU-Net's own commands one after the other, what is done skipped, what was cut off resumed.
+
+A run is a chain of steps, each with a fingerprint of all that it depends on: trainer, plans, cases, the step before. A
+step counts as done if its record holds this fingerprint and its files are there. Results of another fingerprint are
+moved to OUT/superseded, never overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.files import write_json, write_text
+from gasnet_nnunet.parallel import cores
+from gasnet_nnunet.raw_dataset import read_json
+from gasnet_nnunet.study import OUR_TRAINERS
+from gasnet_nnunet.study_workspace import Run, TestSet, Workspace, fingerprint, link
+
+SESSIONS = "time.json"
+LAST_LINES = 12
+SECONDS_BETWEEN_LOOKS = 0.5
+EPOCH_TIME = re.compile(r"Epoch time: ([0-9.]+) s")
+EPOCH = re.compile(r": Epoch (\d+)\s*$")
+VANILLA_UPDATES = 250
+"""Updates of an epoch of nnU-Net's own trainers."""
+FEW_CORES = 4
+"""With so many, nnU-Net's prediction is quicker without worker processes, each of which imports torch."""
+Watcher = Callable[[str], None]
+
+
+class RunError(Exception):
+    """A command of a run ended with a status other than 0; the message is what the tables show."""
+
+
+class WaitingError(Exception):
+    """A run needs the time of another one, which is not there."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a run.
+
+    Args:
+        name: Its name in records and logs.
+        kind: What its time counts as.
+        fingerprint: Of all that it depends on.
+        made: Files and folders that are there when it is done.
+        work: Does it; takes what runs a command.
+        old: Folders with what a run of another fingerprint left.
+        model: Folder of the fold that a training fills.
+        epochs: Epochs of a training.
+        commands: What is run, to be shown.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    made: tuple[Path, ...]
+    work: Callable[[Callable[[Sequence[str], Mapping[str, str]], None]], None]
+    old: tuple[Path, ...]
+    commands: tuple[tuple[str, ...], ...]
+    model: Path | None = None
+    epochs: int = 0
+
+
+@dataclass
+class Clock:
+    """Where the time of a study goes, in seconds.
+
+    Args:
+        training: In nnUNetv2_train.
+        prediction: In nnUNetv2_predict.
+        other: In nnUNetv2_preprocess, for pseudo-labels.
+        total: All of it.
+    """
+
+    training: float = 0.0
+    prediction: float = 0.0
+    other: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Count the time of a command."""
+        name = {"train": "training", "predict": "prediction"}.get(kind, "other")
+        setattr(self, name, getattr(self, name) + seconds)
+
+    @property
+    def total(self) -> float:
+        """Seconds since the clock was started."""
+        return time.monotonic() - self.started
+
+
+class RunRecord:
+    """What was done of a run, in a JSON file.
+
+    Args:
+        path: The file; made with the first entry.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = read_json(path) if path.is_file() else {"state": "new", "steps": {}}
+
+    def step(self, name: str) -> dict[str, Any]:
+        """What was noted of a step; empty if nothing was."""
+        return dict(self.content["steps"].get(name, {}))
+
+    def note(self, step: str | None = None, **values: Any) -> None:
+        """Note something of the run or of a step, and write it."""
+        target = self.content if step is None else self.content["steps"].setdefault(step, {})
+        target.update(values)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.content)
+
+
+def record_of(workspace: Workspace, run: Run) -> RunRecord:
+    """The record of a run."""
+    return RunRecord(workspace.out / "runs" / run.arm / f"{run.deal.name}.json")
+
+
+def is_done(step: Step, record: RunRecord) -> bool:
+    """Whether a step was done with these very settings and all that it made is still there."""
+    entry = record.step(step.name)
+    return (
+        entry.get("fingerprint") == step.fingerprint
+        and bool(entry.get("done"))
+        and all(path.exists() for path in step.made)
+    )
+
+
+def state_of(workspace: Workspace, run: Run, device: str = "cpu") -> str:
+    """'done', 'failed', 'unfinished', 'new' or 'changed' (done with other settings than the study has now)."""
+    record = record_of(workspace, run)
+    state = str(record.content["state"])
+    try:
+        steps = steps_of(workspace, run, device)
+    except WaitingError:
+        return "new" if state == "done" else state
+    if all(is_done(step, record) for step in steps):
+        return "done"
+    return "changed" if state == "done" else state
+
+
+def training_seconds(fold_folder: Path) -> float:
+    """Time of all epochs of a training by nnU-Net's logs; an epoch that was run again after an interruption once.
+
+    Args:
+        fold_folder: The folder that nnU-Net trained into.
+    """
+    seconds: dict[int, float] = {}
+    for log in sorted(fold_folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime):
+        epoch = -1
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            if found := EPOCH.search(line):
+                epoch = int(found[1])
+            elif found := EPOCH_TIME.search(line):
+                seconds[epoch] = float(found[1])
+    return sum(seconds.values())
+
+
+def updates_of(workspace: Workspace, run: Run, epochs: int) -> int:
+    """Updates of S in so many epochs."""
+    if workspace.study.arms[run.arm].trainer in OUR_TRAINERS:
+        return epochs * int(workspace.settings(run.arm)["iterations_per_epoch"])
+    return epochs * VANILLA_UPDATES
+
+
+def steps_of(workspace: Workspace, run: Run, device: str) -> list[Step]:
+    """The steps of a run, in order.
+
+    Args:
+        workspace: The study.
+        run: The run.
+        device: nnU-Net's `-device`.
+
+    Raises:
+        WaitingError: The arm gets the time of another one, which is not known yet.
+    """
+    return _Chain(workspace, run, device).steps()
+
+
+class _Chain:
+    """Makes the steps of a run."""
+
+    def __init__(self, workspace: Workspace, run: Run, device: str) -> None:
+        self.workspace, self.run, self.device = workspace, run, device
+        self.study = workspace.study
+        self.arm = self.study.arms[run.arm]
+        self.last = ""
+
+    def steps(self) -> list[Step]:
+        epochs = self._epochs()
+        rounds = self.arm.pseudo_labels
+        if rounds is None:
+            model, train = self._train("train", self._plans_name(), epochs, self.workspace.environment)
+            return [train, self._predict(model)]
+        share = epochs if rounds.updates == "each" else max(1, epochs // (rounds.rounds + 1))
+        model, train = self._train("train", self._plans_name(), share, self.workspace.environment)
+        steps = [train]
+        for number in range(1, rounds.rounds + 1):
+            folder = self._folder("pseudo_labels") / f"round{number}"
+            steps += [self._predict_diseased(model, folder, number), self._label(folder, number)]
+            # What division leaves over goes to the last round.
+            left = epochs - share * rounds.rounds
+            length = left if rounds.updates == "total" and number == rounds.rounds and left > 0 else share
+            environment = {**self.workspace.environment, "nnUNet_preprocessed": str(folder / "nnUNet_preprocessed")}
+            name = f"{self._plans_name()}-round{number}"
+            model, train = self._train(f"round{number}_train", name, length, environment)
+            steps.append(train)
+        return [*steps, self._predict(model)]
+
+    def _folder(self, kind: str) -> Path:
+        return self.workspace.out / kind / self.run.arm / self.run.deal.name
+
+    def _plans_name(self) -> str:
+        # Their plans differ from fold to fold: in the number of epochs, or in the model to go on from.
+        alone = self.arm.equal_time_with or self.arm.init_from
+        return f"{self.run.arm}-fold{self.run.number}" if alone else self.run.arm
+
+    def _other(self, arm: str) -> Run:
+        """The run of another arm on the same cases, which this one waits for."""
+        other = next(run for run in self.workspace.runs if run.arm == arm and run.deal == self.run.deal)
+        if state_of(self.workspace, other, self.device) != "done":
+            raise WaitingError(f"it waits for {other.name}, which is not done")
+        return other
+
+    def _epochs(self) -> int:
+        epochs = int(self.workspace.settings(self.run.arm)["num_epochs"])
+        if self.arm.equal_time_with is None:
+            return epochs
+        times = {}
+        for arm in (self.arm.equal_time_with, str(self.arm.like)):
+            content = record_of(self.workspace, self._other(arm)).content
+            times[arm] = float(content["training_seconds"]), int(content["epochs"])
+        budget = times[str(self.arm.equal_time_with)][0]
+        seconds, done = times[str(self.arm.like)]
+        return max(1, round(budget / (seconds / done)))
+
+    def _train(self, name: str, plans_name: str, epochs: int, environment: Mapping[str, str]) -> tuple[Model, Step]:
+        workspace, run = self.workspace, self.run
+        folder = workspace.fold_folder(run, plans_name)
+        plans = workspace.with_settings(run.arm, num_epochs=epochs, **(self._start() if name == "train" else {}))
+        entry = run.deal.entry(self.arm.volumes)
+        command = (
+            *("nnUNetv2_train", workspace.dataset.name, self.study.configuration, str(run.number)),
+            *("-tr", self.arm.trainer, "-p", plans_name, "-device", self.device),
+        )
+        self.last = fingerprint(
+            self.last, self.arm.trainer, {**plans, "plans_name": plans_name}, entry, workspace.data_fingerprint()
+        )
+
+        def work(call: Callable[[Sequence[str], Mapping[str, str]], None]) -> None:
+            preprocessed = Path(environment["nnUNet_preprocessed"]) / workspace.dataset.name
+            workspace.write_plans(preprocessed, plans, plans_name)
+            resumed = any(folder.glob("checkpoint_*.pth"))
+            call((*command, "--c") if resumed else command, environment)
+
+        made = (folder / f"checkpoint_{self.study.checkpoint}.pth", folder / "checkpoint_final.pth")
+        step = Step(name, "train", self.last, made, work, (folder,), (command,), model=folder, epochs=epochs)
+        return Model(plans_name, folder), step
+
+    def _start(self) -> dict[str, Any]:
+        """Setting of an arm that goes on from the model of another one."""
+        if self.arm.init_from is None:
+            return {}
+        other = self._other(self.arm.init_from)
+        steps = steps_of(self.workspace, other, self.device)
+        model = next(step.model for step in reversed(steps) if step.model is not None)
+        self.last = fingerprint(self.last, steps[-1].fingerprint)
+        return {"init_from": str(model / f"checkpoint_{self.study.checkpoint}.pth")}
+
+    def _predict(self, model: Model) -> Step:
+        tests = self.workspace.test_set(self.run.deal)
+        out = self._folder("predictions")
+        self.last = fingerprint(self.last, list(tests.cases), self.study.checkpoint, self.study.mirroring)
+        return self._prediction("predict", model, tests.folder / "images", out, tests)
+
+    def _predict_diseased(self, model: Model, folder: Path, number: int) -> Step:
+        cases = self.run.deal.entry(self.arm.volumes)["diseased"]
+        images = folder.parent / "images"
+
+        def link_images() -> None:
+            images.mkdir(parents=True, exist_ok=True)
+            for case in cases:
+                for channel, image in enumerate(self.workspace.raw_images(case)):
+                    link(image, images / f"{case}_{channel:04d}{self.workspace.ending}")
+
+        self.last = fingerprint(self.last, cases)
+        tests = TestSet(images, tuple(cases))
+        return self._prediction(f"round{number}_predict", model, images, folder / "predicted", tests, link_images)
+
+    def _prediction(
+        self,
+        name: str,
+        model: Model,
+        images: Path,
+        out: Path,
+        tests: TestSet,
+        before: Callable[[], None] | None = None,
+    ) -> Step:
+        command = [
+            *("nnUNetv2_predict", "-d", self.workspace.dataset.name, "-i", str(images), "-o", str(out)),
+            *("-c", self.study.configuration, "-f", str(self.run.number), "-tr", self.arm.trainer),
+            *("-p", model.plans_name, "-chk", f"checkpoint_{self.study.checkpoint}.pth", "-device", self.device),
+        ]
+        if not self.study.mirroring:
+            command.append("--disable_tta")
+        if cores() <= FEW_CORES:
+            command += ["-npp", "0", "-nps", "0"]
+
+        def work(call: Callable[[Sequence[str], Mapping[str, str]], None]) -> None:
+            if before is not None:
+                before()
+            # What an interrupted prediction left may be half a file.
+            shutil.rmtree(out, ignore_errors=True)
+            call(command, self.workspace.environment)
+
+        made = tuple(out / f"{case}{self.workspace.ending}" for case in tests.cases)
+        return Step(name, "predict", self.last, made, work, (out,), (tuple(command),))
+
+    def _label(self, folder: Path, number: int) -> Step:
+        from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
+
+        self.last = fingerprint(self.last)
+        name = f"{self._plans_name()}-round{number}"
+        command = preprocess_command(self.workspace, name, cores())
+
+        def work(call: Callable[[Sequence[str], Mapping[str, str]], None]) -> None:
+            label_dataset(self.workspace, self.run, folder, name, lambda environment: call(command, environment))
+
+        preprocessed = folder / "nnUNet_preprocessed" / self.workspace.dataset.name
+        made = (preprocessed / "splits_final.json",)
+        old = (folder / "nnUNet_preprocessed", folder / "nnUNet_raw")
+        return Step(f"round{number}_label", "label", self.last, made, work, old, (command,))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model: the name of its plans and the folder of its fold."""
+
+    plans_name: str
+    folder: Path
+
+
+class Runner:
+    """Runs the steps of runs on this machine.
+
+    Args:
+        workspace: The study.
+        device: nnU-Net's `-device`.
+        watcher: Hears each line that a command says, and what goes on.
+    """
+
+    def __init__(self, workspace: Workspace, device: str, watcher: Watcher | None = None) -> None:
+        self.workspace, self.device = workspace, device
+        self.watcher = watcher or (lambda line: None)
+        self.clock = Clock()
+
+    def run(self, run: Run) -> str:
+        """Do what is missing of a run, and score it.
+
+        Returns:
+            "done", or "failed" where a command of it crashed; the record says why.
+        """
+        record = record_of(self.workspace, run)
+        record.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(record.path.with_suffix(".lock"), timeout=0):
+                record = record_of(self.workspace, run)
+                return self._run(run, record)
+        except Timeout:
+            return "running elsewhere"
+
+    def _run(self, run: Run, record: RunRecord) -> str:
+        record.note(arm=run.arm, number=run.number, reason="", **_numbers(run))
+        try:
+            steps = steps_of(self.workspace, run, self.device)
+            record.note(state="unfinished")
+            for step in steps:
+                if not is_done(step, record):
+                    self._do(run, step, record)
+            self._finish(run, steps, record)
+        except (RunError, UserError) as problem:
+            record.note(state="failed", reason=str(problem))
+            return "failed"
+        except WaitingError as problem:
+            record.note(state="waiting", reason=str(problem))
+            return "waiting"
+        record.note(state="done")
+        return "done"
+
+    def _do(self, run: Run, step: Step, record: RunRecord) -> None:
+        entry = record.step(step.name)
+        if entry.get("fingerprint") != step.fingerprint:
+            self._supersede(run, step)
+            entry = {}
+            record.content["steps"].pop(step.name, None)
+        attempts = int(entry.get("attempts", 0)) + 1
+        record.note(
+            step.name, fingerprint=step.fingerprint, done=False, attempts=attempts, kind=step.kind, epochs=step.epochs
+        )
+        log = self.workspace.out / "logs" / run.arm / run.deal.name / f"{step.name}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start, seconds = time.monotonic(), float(entry.get("seconds", 0.0))
+        try:
+            step.work(lambda command, environment: self.call(command, environment, log, step.kind))
+        finally:
+            record.note(step.name, seconds=seconds + time.monotonic() - start)
+        missing = [path for path in step.made if not path.exists()]
+        if missing:
+            raise RunError(f"{step.name} ended without {missing[0]}; all it said is in {log}")
+        if step.model is not None:
+            record.note(step.name, training_seconds=training_seconds(step.model))
+        record.note(step.name, done=True)
+
+    def _supersede(self, run: Run, step: Step) -> None:
+        """Move away what a run with other settings has left; it may be days of work."""
+        for old in step.old:
+            if old.exists():
+                stamp = time.strftime("%Y%m%d-%H%M%S")
+                target = self.workspace.out / "superseded" / f"{stamp}_{run.arm}_{run.deal.name}_{step.name}_{old.name}"
+                target.parent.mkdir(exist_ok=True)
+                shutil.move(old, target)
+
+    def _finish(self, run: Run, steps: Sequence[Step], record: RunRecord) -> None:
+        """Note what a run took, and score its predictions."""
+        noted = [record.step(step.name) for step in steps]
+        training = [entry for entry, step in zip(noted, steps, strict=True) if step.kind == "train"]
+        # Between the first training and the last one a run with pseudo-labels predicts: that belongs to its training.
+        between = sum(float(entry["seconds"]) for entry in noted[:-1] if entry["kind"] != "train")
+        epochs = sum(step.epochs for step in steps)
+        record.note(
+            epochs=epochs,
+            updates=updates_of(self.workspace, run, epochs),
+            training_seconds=sum(float(entry["training_seconds"]) for entry in training) + between,
+            seconds=sum(float(entry["seconds"]) for entry in noted),
+            predict_seconds=float(noted[-1]["seconds"]),
+        )
+        scores = self.workspace.out / "runs" / run.arm / f"{run.deal.name}.csv"
+        if not scores.is_file() or record.content.get("scored") != steps[-1].fingerprint:
+            _score(self.workspace, run, steps[-1].made[0].parent, scores)
+            record.note(scored=steps[-1].fingerprint)
+
+    def note_time(self) -> None:
+        """Note where the time of this session went; `study_report` adds the sessions up."""
+        made = self.workspace.preparation_seconds
+        spent = {
+            "training": self.clock.training,
+            "prediction": self.clock.prediction,
+            "preprocessing of pseudo-labels": self.clock.other,
+            "data and plans": made,
+        }
+        spent["the study itself"] = self.clock.total - sum(spent.values())
+        path = self.workspace.out / SESSIONS
+        with FileLock(path.with_suffix(".lock")):
+            sessions = list(read_json(path)["sessions"]) if path.is_file() else []
+            write_json(path, {"sessions": [*sessions, spent]})
+        self.clock = Clock()
+        self.workspace.preparation_seconds = 0.0
+
+    def call(self, command: Sequence[str], environment: Mapping[str, str], log: Path, kind: str) -> None:
+        """Run a command with its output in a log file.
+
+        Raises:
+            RunError: It ended with a status other than 0.
+        """
+        start = time.monotonic()
+        last: deque[str] = deque(maxlen=LAST_LINES)
+        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(f"$ {variables} {shlex.join(command)}\n")
+        program = [find_script(command[0]), *command[1:]]
+        try:
+            with log.open("a", encoding="utf-8") as out, log.open(encoding="utf-8", errors="replace") as said:
+                said.seek(0, os.SEEK_END)
+                process = subprocess.Popen(
+                    program,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **environment},
+                    start_new_session=os.name != "nt",
+                )
+                with _ended(process):
+                    running = True
+                    while running:
+                        try:
+                            process.wait(SECONDS_BETWEEN_LOOKS)
+                            running = False
+                        except subprocess.TimeoutExpired:
+                            pass
+                        for line in said.read().splitlines():
+                            if line.strip():
+                                last.append(line.strip())
+                                self.watcher(line.strip())
+        finally:
+            self.clock.add(kind, time.monotonic() - start)
+        if process.returncode != 0:
+            status = f"status {process.returncode}"
+            if process.returncode < 0:
+                status = f"signal {-process.returncode} ({signal.Signals(-process.returncode).name})"
+            raise RunError(f"{command[0]} ended with {status}; log: {log}; last lines:\n" + "\n".join(last))
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """End a command with all that it started, whatever happens here."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            for name in ("SIGTERM", "SIGKILL"):
+                try:
+                    if os.name == "nt":
+                        process.terminate()
+                    else:
+                        os.killpg(process.pid, getattr(signal, name))
+                    process.wait(10)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+                except ProcessLookupError:
+                    break
+
+
+def find_script(name: str) -> str:
+    """The program of this Python environment by that name.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    folder = sysconfig.get_path("scripts")
+    found = shutil.which(name, path=os.pathsep.join([folder, str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if found is None:
+        raise UserError(f"The command {name} is not installed; install the package and nnunetv2 first: pip install .")
+    return found
+
+
+def _score(workspace: Workspace, run: Run, predictions: Path, target: Path) -> None:
+    """Score the predictions of a run and write a row a case."""
+    from gasnet_nnunet.evaluation import evaluate_folder
+
+    tests = workspace.test_set(run.deal)
+    frame = evaluate_folder(
+        predictions,
+        tests.folder / "masks",
+        lungs=tests.lungs,
+        file_ending=workspace.ending,
+        num_processes=cores(),
+        ignore_label=workspace.ignore_label,
+    )
+    write_text(target, frame.to_csv())
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    deal = run.deal
+    return {"masks": deal.masks, "repeat": deal.repeat, "fold": deal.fold, "train": list(deal.train)}

@@ -1,0 +1,131 @@
+"""Other segmenters, a model to go on from and several lesion classes, by nnU-Net's own commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import tiny_dataset
+import torch
+from nnunet_workspace import DATASET, MODEL, Workspace
+
+from gasnet_nnunet.phantom import Phantom
+from gasnet_nnunet.segmenters import SEGMENTERS, apply_segmenter
+
+pytestmark = pytest.mark.slow
+
+ON_CPU = ("-tr", "GASNetTrainer", "-device", "cpu")
+GROUND_GLASS, CONSOLIDATION = -550.0, 40.0
+"""HU."""
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+
+
+# Segmenters -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segmenter", [name for name in SEGMENTERS if name != "plain"])
+def test_segmenter_is_trained_and_predicts(segmenter: str, planned: Workspace, tmp_path: Path) -> None:
+    workspace, name = planned.with_results(tmp_path / "results"), segmenter.capitalize()
+    workspace.write_plans(name, num_epochs=1, gallery_every_epochs=0, pseudo_start=0.0)
+    path = workspace.preprocessed / f"{name}.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres"] = apply_segmenter(plans["configurations"]["3d_fullres"], segmenter)
+    path.write_text(json.dumps(plans))
+
+    said = workspace.call("nnUNetv2_train", 501, "3d_fullres", 0, "-p", name, *ON_CPU)
+    out = workspace.predict(tmp_path / "out", model=f"GASNetTrainer__{name}__3d_fullres")
+
+    assert "Mean Validation Dice" in said
+    ct, mask = (
+        read(folder) for folder in (workspace.raw / "imagesTs/diseased_7_0000.nii.gz", out / "diseased_7.nii.gz")
+    )
+    assert mask.shape == ct.shape
+
+
+# Fine-tuning ----------------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_from_another_model(trained: Workspace, tmp_path: Path) -> None:
+    workspace = trained.with_results(tmp_path / "results")
+    origin = trained.model / "fold_0" / "checkpoint_final.pth"
+    workspace.write_plans("Finetuned", num_epochs=1, gallery_every_epochs=0, init_from=str(origin))
+
+    said = workspace.call("nnUNetv2_train", 501, "3d_fullres", 0, "-p", "Finetuned", *ON_CPU)
+
+    assert f"Training starts from the weights in {origin}" in said
+    fold = workspace.results / DATASET / "GASNetTrainer__Finetuned__3d_fullres" / "fold_0"
+    before, after = (torch.load(path, weights_only=False) for path in (origin, fold / "checkpoint_final.pth"))
+    assert after["current_epoch"] == 1
+    moved = [
+        (after["network_weights"][name] - weight).abs().max() for name, weight in before["network_weights"].items()
+    ]
+    # Two steps away from there, and not from chance.
+    assert 0 < max(moved) < 0.1
+
+
+# Several classes ------------------------------------------------------------------------------------------------------
+
+
+def two_sorts(phantom: Phantom) -> tuple[np.ndarray, np.ndarray]:
+    """A CT whose lesions are ground glass (1) in their lower and consolidation (2) in their upper half."""
+    classes = phantom.lesion.copy()
+    if classes.any():
+        middle = int(np.median(np.nonzero(classes)[0]))
+        classes[middle:] *= 2
+    noise = np.random.default_rng(0).normal(0, 25, classes.shape)
+    ct = phantom.ct.astype(np.float32)
+    for value, density in ((1, GROUND_GLASS), (2, CONSOLIDATION)):
+        ct[classes == value] = (density + noise)[classes == value]
+    return ct, classes
+
+
+LABELS: dict[str, dict[str, Any]] = {
+    "classes": {"labels": {"background": 0, "ground_glass": 1, "consolidation": 2, "ignore": 3}},
+    "regions": {
+        "labels": {"background": 0, "lesion": [1, 2], "consolidation": 2, "ignore": 3},
+        "regions_class_order": [1, 2],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_two_lesion_classes_come_out(kind: str, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, tmp_path / "results", str(Path(__file__).parents[2] / "nnunet_ext"))
+    workspace.results.mkdir()
+    dataset_json = {**tiny_dataset.DATASET_JSON, **LABELS[kind]}
+    cases = tiny_dataset.names(1, 3, 3)
+
+    def mask(name: str, phantom: Phantom) -> np.ndarray:
+        return np.full_like(phantom.lesion, 3) if name.startswith("diseased") else two_sorts(phantom)[1]
+
+    tiny_dataset.write_raw(workspace.raw, cases, mask=mask, dataset_json=dataset_json)
+    for name in (*cases, "diseased_7"):
+        folder = "imagesTr" if name in cases else "imagesTs"
+        ct, _ = two_sorts(tiny_dataset.patient(name))
+        tiny_dataset.write_image(ct, workspace.raw / folder / f"{name}_0000.nii.gz")
+    # Augmentation takes most of the time, and a bag asks for four times as many patches.
+    settings = {"patches": "volume", "num_epochs": 2, "iterations_per_epoch": 40, "pseudo_start": 0.5}
+    settings |= {"healthy_outside": 0.0, "optimizer_s": "adam", "learning_rate_s": 0.01}
+    plans = tiny_dataset.plans(DATASET, settings={**tiny_dataset.SETTINGS, **settings})
+    tiny_dataset.preprocess(workspace.raw, workspace.preprocessed, plans)
+
+    workspace.call("nnUNetv2_train", 501, "3d_fullres", 0, *ON_CPU)
+    folders = ("-i", workspace.raw / "imagesTs", "-o", tmp_path / "out", "-d", 501, "-c", "3d_fullres", "-f", 0)
+    one_process = ("-npp", 0, "-nps", 0, "--disable_progress_bar")
+    workspace.call("nnUNetv2_predict", *folders, *ON_CPU, *one_process)
+
+    found, truth = read(tmp_path / "out" / "diseased_7.nii.gz"), two_sorts(tiny_dataset.patient("diseased_7"))[1]
+    for value in (1, 2):
+        overlap = ((found == value) & (truth == value)).sum()
+        dice = 2 * overlap / ((found == value).sum() + (truth == value).sum())
+        assert dice > 0.4, f"class {value}: Dice {dice:.2f}"
+    curves = pd.read_csv(workspace.results / DATASET / MODEL / "fold_0" / "gasnet_progress.csv")
+    assert np.isfinite(curves["L_ps"].to_numpy()[1])

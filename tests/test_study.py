@@ -1,0 +1,123 @@
+"""Study files: what is read, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.study import load_study, segmenter_names, study_names, trainer_names
+
+WHOLE = """
+dataset: 501
+masks: [4, 1, 4]
+settings: {num_epochs: 7, seed: 1}
+arms:
+  supervised: {trainer: SupervisedBaselineTrainer}
+  healthy: {title: With healthy, like: supervised, settings: {baseline_healthy: true}}
+  longer: {like: healthy, equal_time_with: gasnet}
+  gasnet: {settings: {num_epochs: 3}}
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "study.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_reads_arms_and_what_they_take_from_each_other(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, WHOLE))
+    assert study.masks == (1, 4)
+    longer = study.arms["longer"]
+    assert (longer.trainer, longer.settings, longer.title) == (
+        "SupervisedBaselineTrainer",
+        {"baseline_healthy": True},
+        None,
+    )
+    # The arm's settings win over the study's, and those over the plans'.
+    base = {"num_epochs": 100, "iterations_per_epoch": 9}
+    settings = study.settings_of("gasnet", base)
+    assert (settings.num_epochs, settings.iterations_per_epoch, settings.seed) == (3, 9, 1)
+    assert study.ordered_arms().index("longer") > study.ordered_arms().index("gasnet")
+
+
+def test_what_is_written_is_read_as_the_same_study(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, WHOLE))
+    assert load_study(write(tmp_path, study.dump())) == study
+
+
+def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, WHOLE), {"dataset": 777, "settings": {"num_epochs": 2}})
+    assert study.dataset == 777
+    assert study.settings == {"num_epochs": 2, "seed": 1}
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_studies_of_the_package_can_be_read(name: str) -> None:
+    study = load_study(name, {} if name == "phantom" else {"dataset": 501})
+    assert study.arms
+
+
+def test_package_has_the_papers_tables() -> None:
+    assert set(study_names()) >= {"paper-table-3", "paper-table-4", "paper-table-5", "paper-fig-11"}
+    ablation = load_study("paper-table-5", {"dataset": 501})
+    off = [sum(value == 0 for value in arm.settings.values()) for arm in ablation.arms.values()]
+    assert off == [5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dataset: 1\narms: {}\n", "arms (line 2)"),
+        ("dataset: 1\nmask: [1]\narms: {a: {}}\n", r"mask (line 2): there is no such entry. Did you mean 'masks'?"),
+        (
+            "dataset: 1\narms: {a: {trainr: X}}\n",
+            "arms.a.trainr (line 2): there is no such entry. Did you mean 'trainer'?",
+        ),
+        (
+            "dataset: 1\narms:\n  a:\n    trainer: GasNetTrainer\n",
+            "arms.a.trainer (line 4): nnU-Net has no trainer 'GasNetTrainer'. Did you mean 'GASNetTrainer'?",
+        ),
+        (
+            "dataset: 1\narms:\n  a: {settings: {weight_mill: 0}}\n",
+            "arms.a.settings.weight_mill (line 3): there is no such setting. Did you mean 'weight_mil'?",
+        ),
+        ("dataset: 1\narms:\n  a: {settings: {pseudo_margin: 3}}\n", "pseudo_margin: Input should be less than 0.5"),
+        ("dataset: 1\narms: {a: {like: gasnett}, gasnet: {}}\n", "there is no arm 'gasnett'. Did you mean 'gasnet'?"),
+        ("dataset: 1\narms: {a: {like: b}, b: {like: a}}\n", "in a circle"),
+        ("dataset: 1\narms:\n  a: {}\n  a: {}\n", "arms.a (line 4): is there twice."),
+        ("dataset: 1\narms: {a: {segmenter: vnet}}\n", "Did you mean 'vbnet'?"),
+        ("dataset: 1\narms: {a__b: {}}\n", "no '__'"),
+        ("dataset: 1\nmasks: [1]\narms: {a: {masks: [2]}}\n", "2 is none of the study's numbers"),
+        ("dataset: 1\narms: {a: {equal_time_with: b}, b: {}}\n", "has to be `like` another one"),
+        ("dataset: 1\narms: {a: {init_from: b}, b: {init_from: a}}\n", "which waits for it"),
+        ("dataset: 1\nplan: {preset: pape}\narms: {a: {}}\n", "Did you mean 'paper'?"),
+        ("dataset: 1\ntest: 2\nfolds: 5\narms: {a: {}}\n", "give either"),
+        ("dataset: 1\nmasks: [0]\narms: {a: {}}\n", "masks"),
+        ("arms: {a: {}}\n", "name a dataset"),
+        ("dataset: 1\narms: [a\n", "no readable YAML"),
+        ("dataset: 1\ntruth: nowhere\narms: {a: {}}\n", "there is no such folder"),
+    ],
+)
+def test_refuses_what_cannot_be_run(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as problem:
+        load_study(write(tmp_path, text))
+    assert message in str(problem.value)
+
+
+def test_names_all_problems_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as problem:
+        load_study(write(tmp_path, "dataset: 1\narms:\n  a: {trainer: X, masks: [9]}\n  b: {settings: {y: 1}}\n"))
+    assert str(problem.value).count("\n  - ") == 3
+
+
+def test_a_misspelt_study_names_the_close_one() -> None:
+    with pytest.raises(UserError, match="Did you mean 'one-mask'"):
+        load_study("one-masks")
+
+
+def test_trainers_are_found_without_importing_them() -> None:
+    assert {"nnUNetTrainer", "GASNetTrainer", "VanillaTrainer", "nnUNetTrainer_250epochs"} <= set(trainer_names())
+    assert "vbnet" in segmenter_names()

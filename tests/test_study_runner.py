@@ -1,0 +1,381 @@
+"""Studies that run nnU-Net's own commands on a few tiny patients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import tiny_dataset
+import torch
+
+from gasnet_nnunet.cli.study import study as command
+from gasnet_nnunet.cohort import read_cohort
+from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.splits import read_fold
+from gasnet_nnunet.study import load_study
+from gasnet_nnunet.study_progress import Estimate
+from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
+from gasnet_nnunet.study_runner import WaitingError, find_script, record_of, state_of, steps_of, training_seconds
+from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
+
+DATASET = "Dataset501_Tiny"
+SHIM = str(Path(__file__).parents[1] / "nnunet_ext")
+SHORT = {"num_epochs": 1, "iterations_per_epoch": 1}
+ARMS: dict[str, Any] = {
+    "supervised": {"trainer": "SupervisedBaselineTrainer", "title": "Supervised"},
+    # A window for two channels where there is one: nnU-Net's command ends with status 1.
+    "broken": {"settings": {"window": [[0, 1], [0, 1]]}},
+    "patient": {"like": "supervised", "equal_time_with": "broken"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """nnU-Net's folders with a preprocessed dataset of tiny patients, set for this process and its children."""
+    root = tmp_path_factory.mktemp("study")
+    # nnU-Net draws its progress.png at 16 million pixels after every epoch.
+    (root / "matplotlibrc").write_text("savefig.dpi: 20\n")
+    variables = {
+        **{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")},
+        "nnUNet_extTrainer": os.environ.get("nnUNet_extTrainer") or SHIM,
+        "nnUNet_n_proc_DA": "0",
+        "nnUNet_def_n_proc": "1",
+        "nnUNet_compile": "f",
+        "OMP_NUM_THREADS": "1",
+        "MATPLOTLIBRC": str(root),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        (root / "results").mkdir()
+        raw = root / "raw" / DATASET
+        tiny_dataset.write_raw(raw, tiny_dataset.names(labelled=3, diseased=1, healthy=4))
+        plans = {
+            **tiny_dataset.plans(DATASET, settings={**tiny_dataset.SETTINGS, **SHORT}),
+            "plans_name": "GASNetPlans",
+        }
+        tiny_dataset.preprocess(raw, root / "preprocessed" / DATASET, plans)
+        yield root
+
+
+def write_study(folder: Path, **changes: Any) -> str:
+    path = folder / "study.yaml"
+    folder.mkdir(exist_ok=True)
+    content = {"dataset": 501, "repeats": 1, "test": 1, "mirroring": False, "arms": ARMS, **changes}
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return str(path)
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def opened(out: Path) -> Workspace:
+    return open_workspace(load_study(str(out / "study.yaml")), out)
+
+
+def run_of(workspace: Workspace, arm: str) -> Run:
+    return next(run for run in workspace.runs if run.arm == arm)
+
+
+@pytest.fixture(scope="module")
+def crashed(folders: Path) -> tuple[Path, set[str], set[str]]:
+    """The folder of a study after its command, one arm of which crashes; the user's files before and after."""
+    before = listing(folders)
+    with pytest.raises(UserError, match="2 of 3 runs are not done"):
+        command(write_study(folders / "files"), out=folders / "out", device="cpu")
+    after = listing(folders)
+    return folders / "out", before, {name for name in after if not name.startswith(("out/", "files/"))}
+
+
+def test_an_arm_that_crashes_leaves_the_others(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    runs = pd.read_csv(out / "runs.csv").set_index("arm")
+    assert dict(runs["state"]) == {"supervised": "done", "broken": "failed", "patient": "waiting"}
+    assert "window" in runs.loc["broken", "reason"]
+    assert "broken/masks1_repeat0_fold0" in runs.loc["patient", "reason"]
+    assert (runs.loc["supervised", "epochs"], runs.loc["supervised", "updates"]) == (1, 1)
+    assert runs.loc["supervised", "training_seconds"] > 0
+    summary = (out / "summary.md").read_text(encoding="utf-8")
+    assert "| Supervised | 1 | 1 of 1 |" in summary
+    assert "bounds for 2 channels" in summary
+    assert "Time so far: training" in summary
+
+
+def test_every_test_case_is_scored(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    deal = run_of(workspace, "supervised").deal
+    results = pd.read_csv(out / "results.csv")
+    assert sorted(results["case"]) == sorted(deal.test)
+    healthy = results[results["lesion_ml"] == 0]
+    assert len(healthy)
+    assert healthy["false_positive_lung"].notna().all()
+    assert results.loc[results["lesion_ml"] > 0, "dice"].notna().all()
+
+
+def test_the_users_folders_stay_as_they_were(crashed: tuple[Path, set[str], set[str]]) -> None:
+    _, before, after = crashed
+    caches = {f"preprocessed/{DATASET}/{name}" for name in ("gasnet_cohort.json",)}
+    assert after - before <= caches
+    assert before <= after
+
+
+def test_what_is_done_is_skipped(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    before = record_of(opened(out), run_of(opened(out), "supervised")).content
+    command(str(out / "study.yaml"), out=out, device="cpu", only=["supervised"])
+    content = record_of(opened(out), run_of(opened(out), "supervised")).content
+    assert content["steps"] == before["steps"]
+
+
+def test_done_means_with_these_settings_and_whole(crashed: tuple[Path, set[str], set[str]], tmp_path: Path) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    run = run_of(workspace, "supervised")
+    assert state_of(workspace, run) == "done"
+    prediction = steps_of(workspace, run, "cpu")[-1].made[0]
+    moved = prediction.rename(tmp_path / prediction.name)
+    try:
+        assert state_of(workspace, run) != "done"
+    finally:
+        moved.rename(prediction)
+    longer = workspace.study.model_copy(update={"settings": {"num_epochs": 2}})
+    assert state_of(Workspace(longer, out, workspace.dataset), run) == "changed"
+    # Test cases decide about the prediction alone.
+    changed = workspace.study.model_copy(update={"mirroring": True})
+    train, predict = steps_of(Workspace(changed, out, workspace.dataset), run, "cpu")
+    noted = record_of(workspace, run)
+    assert noted.step("train")["fingerprint"] == train.fingerprint
+    assert noted.step("predict")["fingerprint"] != predict.fingerprint
+
+
+def test_folds_keep_their_numbers(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    content = json.loads((out / "folds.json").read_text())
+    workspace = opened(out)
+    number = run_of(workspace, "supervised").number
+    more = workspace.study.model_copy(update={"masks": (1, 2), "repeats": 2, "seed": 12345})
+    again = Workspace(more, out, workspace.dataset)
+    again.write()
+    try:
+        assert json.loads((out / "folds.json").read_text())["folds"][: len(content["folds"])] == content["folds"]
+        same = next(run for run in again.runs if run.deal.train == run_of(workspace, "supervised").deal.train)
+        assert same.number == number
+    finally:
+        workspace.write()
+
+
+def test_arms_that_wait_know_what_for(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    with pytest.raises(WaitingError, match="broken"):
+        steps_of(workspace, run_of(workspace, "patient"), "cpu")
+
+
+def test_commands_are_printed_and_not_run(
+    crashed: tuple[Path, set[str], set[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _, _ = crashed
+    command(str(out / "study.yaml"), out=out, device="cpu", commands=True)
+    said = capsys.readouterr().out
+    assert f"# nnUNetv2_train {DATASET} 3d_fullres 0 -tr SupervisedBaselineTrainer -p supervised -device cpu" in said
+    assert "--only broken/masks1_repeat0_fold0" in said
+
+
+def test_time_left_is_told_by_what_runs_took(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    broken = run_of(workspace, "broken")
+    seconds = record_of(workspace, run_of(workspace, "supervised")).content["seconds"]
+    assert Estimate(workspace, [broken]).seconds() == pytest.approx(seconds)
+    estimate = Estimate(workspace, [broken])
+    estimate.start(broken)
+    estimate.hear("2026-01-01 10:00:00: Epoch time: 100.0 s")
+    assert estimate.seconds() == pytest.approx(100, abs=1)
+
+
+def test_a_misspelt_run_names_the_close_one(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    with pytest.raises(UserError, match="Did you mean 'supervised'"):
+        command(str(out / "study.yaml"), out=out, only=["supervise"], device="cpu")
+
+
+def test_refuses_a_folder_that_holds_something_else(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.doc").touch()
+    with pytest.raises(UserError, match="holds no earlier study"):
+        command(write_study(folders / "files"), out=tmp_path, device="cpu")
+
+
+def test_refuses_plans_that_are_not_there(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gasnet-nnunet plan -d 501 --name Other"):
+        command(write_study(folders / "files", plans="Other"), out=tmp_path / "out", device="cpu")
+
+
+def test_refuses_masks_that_do_not_match_before_any_training(folders: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "truth"
+    small = tiny_dataset.patient("diseased_0").lesion[:-1]
+    tiny_dataset.write_image(small, truth / "diseased_0.nii.gz")
+    name = write_study(tmp_path / "files", test=["diseased_0"], truth=str(truth))
+    with pytest.raises(UserError, match=r"diseased_0\.nii\.gz does not lie on the grid of its scan: size"):
+        command(name, out=tmp_path / "out", device="cpu")
+    assert not list((tmp_path / "out").rglob("*.pth"))
+    tiny_dataset.write_image(tiny_dataset.patient("diseased_0").lesion * 7, truth / "diseased_0.nii.gz")
+    with pytest.raises(UserError, match=r"holds \[7\]"):
+        command(name, out=tmp_path / "out", device="cpu")
+
+
+def test_predictions_become_masks_but_for_empty_ones(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arms = {"rounds": {**ARMS["supervised"], "settings": {"num_epochs": 5}, "pseudo_labels": {"rounds": 2}}}
+    out.mkdir()
+    workspace = open_workspace(load_study(write_study(tmp_path / "files", arms=arms)), out)
+    (run,) = workspace.runs
+    assert [(step.name, step.epochs) for step in steps_of(workspace, run, "cpu") if step.kind == "train"] == [
+        ("train", 1),
+        ("round1_train", 1),
+        ("round2_train", 3),
+    ]
+    folder = out / "pseudo_labels" / "round1"
+    empty, *others = run.deal.diseased
+    for case in run.deal.diseased:
+        tiny_dataset.write_image(
+            tiny_dataset.patient(case).lesion * (case != empty), folder / "predicted" / f"{case}.nii.gz"
+        )
+    command_line = preprocess_command(workspace, "rounds-round1", 1)
+
+    def preprocess(environment: Mapping[str, str]) -> None:
+        program = [find_script(command_line[0]), *command_line[1:]]
+        subprocess.run(program, env={**os.environ, **environment}, check=True, capture_output=True)
+
+    label_dataset(workspace, run, folder, "rounds-round1", preprocess)
+    made = folder / "nnUNet_preprocessed" / DATASET
+    cohort = read_cohort(made / "gt_segmentations", json.loads((made / "dataset.json").read_text()))
+    fold = read_fold(made / "splits_final.json", run.number, cohort)
+    assert set(fold.train) == {*run.deal.train, *others}
+    assert fold.diseased == (empty,)
+    assert set(fold.healthy) == set(run.deal.healthy)
+    data = made / "nnUNetPlans_3d_fullres"
+    assert {path.stem for path in data.glob("*.pkl")} == set(workspace.cohort.cases)
+    assert [path.stem for path in sorted(data.glob("*.pkl")) if not path.is_symlink()] == sorted(others)
+
+
+def test_an_epoch_that_was_run_again_counts_once(tmp_path: Path) -> None:
+    lines = ["{t}: Epoch 0", "{t}: Epoch time: 10.0 s", "{t}: Epoch 1", "{t}: Epoch time: 99.0 s"]
+    for name, part in (
+        ("training_log_1.txt", lines),
+        ("training_log_2.txt", ["{t}: Epoch 1", "{t}: Epoch time: 5.0 s"]),
+    ):
+        (tmp_path / name).write_text("\n".join(part).format(t="2026-01-01 10:00:00.1") + "\n")
+        os.utime(tmp_path / name, (int(name[-5]), int(name[-5])))
+    assert training_seconds(tmp_path) == 15.0
+
+
+def test_nnunets_own_trainer_takes_its_length_from_the_plans(folders: Path) -> None:
+    from gasnet_nnunet.trainers import VanillaTrainer
+
+    plans = json.loads((folders / "preprocessed" / DATASET / "GASNetPlans.json").read_text())
+    plans["configurations"]["3d_fullres"]["gasnet"].update(num_epochs=7, iterations_per_epoch=3)
+    plans["continue_training"] = False
+    trainer = VanillaTrainer(plans, "3d_fullres", 0, tiny_dataset.DATASET_JSON, torch.device("cpu"))
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.save_every) == (7, 3, 1)
+
+
+@pytest.mark.slow
+def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> None:
+    arms = {
+        "rounds": {
+            "trainer": "SupervisedBaselineTrainer",
+            "settings": {"num_epochs": 3, "iterations_per_epoch": 3},
+            "pseudo_labels": {"rounds": 1},
+        },
+        "vanilla": {"trainer": "VanillaTrainer"},
+        "gasnet": {"masks": [1]},
+        "finetuned": {"init_from": "gasnet", "volumes": ["healthy_*"]},
+        "longer": {"like": "vanilla", "equal_time_with": "rounds"},
+    }
+    out = folders / "recipes"
+    command(write_study(folders / "files2", arms=arms), out=out, device="cpu")
+    workspace = opened(out)
+    assert all(state_of(workspace, run) == "done" for run in workspace.runs)
+    record = record_of(workspace, run_of(workspace, "rounds")).content
+    assert list(record["steps"]) == ["train", "round1_predict", "round1_label", "round1_train", "predict"]
+    assert record["epochs"] == 3
+    longer = record_of(workspace, run_of(workspace, "longer")).content
+    assert longer["epochs"] > 1
+    # What the second training learnt from: the mask, and the volumes in which something was found.
+    number = run_of(workspace, "rounds").number
+    preprocessed = (
+        out / "pseudo_labels" / "rounds" / "masks1_repeat0_fold0" / "round1" / "nnUNet_preprocessed" / DATASET
+    )
+    fold = json.loads((preprocessed / "splits_final.json").read_text())[number]
+    labelled = set(fold["train"])
+    assert labelled >= set(run_of(workspace, "rounds").deal.train)
+    assert labelled | set(fold["diseased"]) == {*run_of(workspace, "rounds").deal.diseased, *fold["val"]}
+    assert (out / "arms_masks1.png").is_file()
+    assert (out / "overlays.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None:
+    out = folders / "interrupted"
+    arms = {"gasnet": {"settings": {"num_epochs": 40, "save_every_minutes": 0.0001}}}
+    name = write_study(folders / "files3", arms=arms)
+    arguments = ["study", name, "--out", str(out), "--device", "cpu"]
+    program = [sys.executable, "-c", "from gasnet_nnunet.cli import main; main()", *arguments]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 600
+    while not list(out.rglob("checkpoint_latest.pth")) and time.monotonic() < end:
+        time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    trainings = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True).stdout
+    assert str(out) not in trainings
+    assert subprocess.run(program, check=False, capture_output=True).returncode == 0
+    workspace = opened(out)
+    (run,) = workspace.runs
+    content = record_of(workspace, run).content
+    assert content["state"] == "done"
+    assert content["steps"]["train"]["attempts"] == 2
+    assert " --c" in (out / "logs" / "gasnet" / run.deal.name / "train.txt").read_text()
+
+
+@pytest.mark.slow
+def test_jobs_of_a_cluster(folders: Path) -> None:
+    pytest.importorskip("submitit")
+    from gasnet_nnunet.study_slurm import submit
+
+    out = folders / "cluster"
+    load_study(write_study(folders / "files4", arms={"supervised": ARMS["supervised"]}))
+    out.mkdir()
+    (out / "study.yaml").write_text(Path(folders / "files4" / "study.yaml").read_text())
+    workspace = opened(out)
+    assert len(submit(workspace, workspace.runs, "cpu", cluster="debug")) == 1
+    end = time.monotonic() + 300
+    while state_of(workspace, workspace.runs[0]) != "done" and time.monotonic() < end:
+        time.sleep(1)
+    assert state_of(workspace, workspace.runs[0]) == "done"
+
+
+@pytest.mark.slow
+def test_the_phantom_study_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: Path) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.delenv(f"nnUNet_{name}")
+    phantoms = {"labelled": 2, "diseased": 2, "healthy": 3, "test_diseased": 1, "test_healthy": 1}
+    study = load_study("phantom", {"phantoms": {**phantoms, "size": [16, 48, 48], "spacing": [12.5, 7.0, 7.0]}})
+    path = tmp_path / "phantom.yaml"
+    path.write_text(study.dump())
+    command(str(path), out=tmp_path / "out", device="cpu", set_=["num_epochs=1", "iterations_per_epoch=2"])
+    runs = pd.read_csv(tmp_path / "out" / "runs.csv")
+    assert list(runs["state"]) == ["done"] * 3
