@@ -3,9 +3,9 @@
     python benchmarks/restore.py time MODEL_FOLDER CTS [-device cpu]
     python benchmarks/restore.py memory [--size 600 512 512] [--spacing 0.6 0.7 0.7] [--report]
 
-Times are wall and processor seconds of whole commands, their start included; the latter are not distorted by other work on
-the machine. Memory is the greatest resident set of the command's process. Its model is one of random weights, with a plan of
-few windows, because memory follows the CT's own grid.
+Times are wall and processor seconds of whole commands, their start included; the latter are not distorted by other work
+on the machine. Memory is the greatest resident set of the command's process. Its model is one of random weights, with a
+plan of few windows, because memory follows the CT's own grid.
 """
 
 from __future__ import annotations
@@ -108,10 +108,9 @@ def memory(
         command = [*OURS, "-i", str(root / "in"), "-o", str(root / "out"), "-m", model, "-device", "cpu"]
         wall, cpu, mib = run(command if report else [*command, "--no-report"], environment)
         made = json.loads((root / "out" / "burden.json").read_text())["cases"]["large"]
-    console.print(
-        f"{' x '.join(map(str, size))} voxels (Z x Y x X): {mib / 1024:.2f} GiB, {wall:.0f} s, {cpu:.0f} s of processors; "
-        f"lungs {made['lung_ml'] or 0:.0f} ml"
-    )
+    shape = " x ".join(map(str, size))
+    console.print(f"{shape} voxels (Z x Y x X): {mib / 1024:.2f} GiB, {wall:.0f} s, {cpu:.0f} s of processors")
+    console.print(f"lungs {made['lung_ml'] or 0:.0f} ml")
 
 
 def _write_ct(path: Path, size: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:

@@ -158,6 +158,20 @@ def test_lesions_that_the_lung_mask_misses_are_lung_too(chest: dict[str, NDArray
     assert_like(burden, expected_of(chest), tolerance=0.02)
 
 
+def test_what_lies_apart_from_the_lungs_is_no_lung(chest: dict[str, NDArray[np.generic]]) -> None:
+    """False alarms in the air or in the bowel."""
+    lesion = chest["lesion"].copy()
+    lesion[1:4, 2:6, 2:6] = True
+    burden = burden_of(lesion, chest["ct"], grid_of(SHAPE), lungs=chest["lungs"])
+    alarm = 48 * np.prod(SPACING) / 1000
+    expected = expected_of(chest)
+    assert burden["lesion_ml"] == pytest.approx(expected.pop("lesion_ml") + alarm)
+    assert burden["lesion_outside_lung_ml"] == pytest.approx(alarm)
+    assert burden["components"] == 4
+    assert_like(burden, expected, tolerance=0.03)
+    assert burden["lesion_percent"] == pytest.approx(100 * (burden["lesion_ml"] - alarm) / burden["lung_ml"])
+
+
 def test_nothing_to_measure() -> None:
     ct = np.full((4, 4, 4), -800)
     empty = np.zeros((4, 4, 4), np.uint8)
