@@ -32,9 +32,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from PIL import Image
 
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import written_whole
+from gasnet_nnunet.files import read_json, written_whole
 from gasnet_nnunet.model_card import model_card
-from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.trained_model import CHECKPOINTS, TrainedFold, TrainedModel, load_predictor
 from gasnet_nnunet.volumes import read_volume
 

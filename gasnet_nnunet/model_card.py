@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gasnet_nnunet import __version__
-from gasnet_nnunet.raw_dataset import read_json
+from gasnet_nnunet.files import read_json
 from gasnet_nnunet.trained_model import CHECKPOINTS, TrainedFold, TrainedModel
 
 INTENDED_USE = (

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gasnet_nnunet.files import write_json
-from gasnet_nnunet.raw_dataset import read_json
+from gasnet_nnunet.files import read_json, write_json
 
 RECORD = "predicted.json"
 """In a folder of predictions: the checkpoints and the CTs that they were made from."""

@@ -21,8 +21,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from gasnet_nnunet.checkpoints import read_checkpoint
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.files import read_json
 from gasnet_nnunet.progress import TrainingCurves
-from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.settings import PLANS_KEY
 from gasnet_nnunet.splits import KEYS, Fold
 

@@ -260,7 +260,7 @@ def test_models_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"no checkpoint_final.pth of fold 3; of these it has one: 0"):
         LoadedModel(folder, folds=[3])
     with pytest.raises(UserError, match=r"No fold of .* has a checkpoint_best.pth; it has checkpoint_final.pth"):
-        LoadedModel(folder, checkpoint="checkpoint_best.pth")
+        LoadedModel(folder, checkpoint="best")
     with pytest.raises(UserError, match=r"has no plans.json"):
         LoadedModel(tmp_path)
     checkpoint = folder / "fold_0" / "checkpoint_final.pth"
