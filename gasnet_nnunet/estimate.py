@@ -67,8 +67,8 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
     The average of S looks at I_d before L_ps. Each D update: S and G forward on I_d; D on I_h, I_s, I_d and I_g.
 
     Examples:
-        >>> passes_per_iteration(GASNetSettings(discriminator_steps=3, pseudo_start=0.5), batch_size=2)
-        Passes(segmenter=9.333333333333334, generator=6.0, discriminator=28.0)
+        >>> passes_per_iteration(GASNetSettings(discriminator_steps=3, averaged_iterations=1), batch_size=2)
+        Passes(segmenter=9.5, generator=6.0, discriminator=28.0)
     """
     volumes = settings.volumes_per_step or batch_size
     g, d = needs_generator(settings), needs_discriminator(settings)

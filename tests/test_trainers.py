@@ -32,7 +32,7 @@ from gasnet_nnunet.phantom import Phantom
 from gasnet_nnunet.selection import BestEpoch
 from gasnet_nnunet.settings import GASNetSettings, parse_assignments
 from gasnet_nnunet.steps import STEP_COLUMNS
-from gasnet_nnunet.trainers import CHECKPOINT_KEY, GASNetTrainer, SupervisedBaselineTrainer
+from gasnet_nnunet.trainers import CHECKPOINT_KEY, GASNetTrainer, SupervisedBaselineTrainer, _with_last_replaced
 
 DATASET = "Dataset501_Tiny"
 CPU = torch.device("cpu")
@@ -655,6 +655,23 @@ def test_the_average_of_s_predicts_and_s_goes_on_training(finished: Finished, re
     assert_same(dict(trainer.network.state_dict()), dict(averaged))
 
 
+@pytest.mark.parametrize("layout", ["one class", "two classes", "regions"])
+def test_pasted_patches_hold_the_lesions_of_the_masks(layout: str, make: Make) -> None:
+    trainer = make(layout)
+    trainer.on_train_start()
+    targets = [next(trainer._pasted)["target"][0] for _ in range(8)]
+    assert {len(target) for target in targets} == {1}  # half of a batch of two
+    values = {int(value) for target in targets for value in target.unique()}
+    assert values == ({0, 1, 2} if layout == "two classes" else {0, 1})
+    batch = next(trainer.dataloader_train)
+    pasted = next(trainer._pasted)
+    mixed = _with_last_replaced(batch, pasted)
+    for mine, theirs, both in zip(batch["target"], pasted["target"], mixed["target"], strict=True):
+        assert torch.equal(both[0], mine[0])
+        assert torch.equal(both[1], theirs[0].to(mine.dtype))
+    assert torch.equal(mixed["data"][1], pasted["data"][0])
+
+
 def test_an_average_begins_as_s_itself_and_then_follows_it(make: Make) -> None:
     trainer = make(averaged_iterations=1000)
     trainer.on_train_start()
@@ -782,6 +799,9 @@ def test_pretrained_weights_are_those_of_the_segmenter_without_its_heads(make: M
     pretrained = finished.checkpoint("final")["network_weights"]
     for name, weight in trainer.network.state_dict().items():
         assert torch.equal(weight, (fresh if ".seg_layers." in name else pretrained)[name])
+    trainer.on_train_start()
+    averaged = trainer.gasnet_step.average.module.state_dict()  # it may teach before the first update
+    assert_same(dict(averaged), dict(trainer.network.state_dict()))
 
 
 # Fine-tuning ----------------------------------------------------------------------------------------------------------
@@ -800,7 +820,8 @@ def fine_tuned(make: Make, finished: Finished) -> Make:
 def test_fine_tuning_starts_from_all_three_networks_with_fresh_optimisers(fine_tuned: Make, finished: Finished) -> None:
     checkpoint, trainer = finished.checkpoint("final"), fine_tuned(seed=5)
     trainer.on_train_start()
-    assert_same(dict(trainer.network.state_dict()), dict(checkpoint["network_weights"]))
+    for network in (trainer.network, trainer.gasnet_step.average.module):
+        assert_same(dict(network.state_dict()), dict(checkpoint["network_weights"]))
     for name in ("generator", "discriminator"):
         stored = checkpoint[CHECKPOINT_KEY]["adversary"][name]
         assert_same(dict(getattr(trainer.adversary, name).state_dict()), dict(stored))
@@ -811,24 +832,10 @@ def test_fine_tuning_starts_from_all_three_networks_with_fresh_optimisers(fine_t
     assert trainer.best_epoch.state_dict() == BestEpoch().state_dict()
     assert f"starts from the weights in {finished.folder}" in log_of(trainer)
     assert "data of another kind" not in log_of(trainer)
-    # M^ is that of the loaded model, which the same watch sees on the new archive's volumes.
-    mine, step = trainer.watch.readings(), trainer.gasnet_step
-    average, step.average = step.average, None
-    step.segmenter = copy.deepcopy(trainer.network)
-    step.segmenter.load_state_dict(checkpoint["network_weights"])
-    assert mine == trainer.watch.readings()
-    step.segmenter, step.average = trainer.network, average
+    loaded = weights(trainer.network)
     outputs = run_epoch(trainer)
     assert np.isfinite([output["L_adv"] for output in outputs]).all()
-    assert not torch.equal(weights(trainer.network), weights(finished.trainer.network))
-
-
-def test_average_of_a_fine_tuned_s_begins_as_what_was_loaded(fine_tuned: Make, finished: Finished) -> None:
-    """It teaches before the first update, so that S as it was made must not be left in it."""
-    trainer = fine_tuned(averaged_iterations=4, pseudo_start=0.0)
-    trainer.on_train_start()
-    loaded = finished.checkpoint("final")["network_weights"]
-    assert_same(dict(trainer.gasnet_step.average.module.state_dict()), dict(loaded))
+    assert not torch.equal(weights(trainer.network), loaded)
 
 
 def test_weights_are_loaded_once(fine_tuned: Make, tmp_path: Path) -> None:

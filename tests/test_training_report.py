@@ -68,7 +68,7 @@ def test_finished_training_is_shown_whole(fold: Path) -> None:
     (case,) = validation_cases(fold, ".nii.gz")["case"]
     assert page.count("data:image/png") == 1
     assert case in text
-    assert "pseudo_start 0.5 0.3" in text
+    assert "pseudo_start 0.25 0.3" in text
     assert "default-src 'none'" in page
 
 
