@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,24 @@ def test_training_goes_on_from_another_model(trained: Workspace, tmp_path: Path)
 # Several classes ------------------------------------------------------------------------------------------------------
 
 
-def two_sorts(phantom: Phantom) -> tuple[np.ndarray, np.ndarray]:
-    """A CT whose lesions are ground glass (1) in their lower and consolidation (2) in their upper half."""
-    classes = phantom.lesion.copy()
-    if classes.any():
-        middle = int(np.median(np.nonzero(classes)[0]))
-        classes[middle:] *= 2
-    noise = np.random.default_rng(0).normal(0, 25, classes.shape)
-    ct = phantom.ct.astype(np.float32)
-    for value, density in ((1, GROUND_GLASS), (2, CONSOLIDATION)):
-        ct[classes == value] = (density + noise)[classes == value]
+def two_sorts(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A patient's CT with ground glass (1) in one half of the body and consolidation (2) in the other, and the mask."""
+    kind, number = name.split("_")
+    patient = tiny_dataset.patient(f"healthy_{int(number) + {'labelled': 10, 'diseased': 20, 'healthy': 0}[kind]}")
+    ct, classes = patient.ct.astype(np.float32), patient.lesion.copy()
+    if kind == "healthy":
+        return ct, classes
+    rng = np.random.default_rng(int(number))
+    for value, half in ((1, slice(None, 24)), (2, slice(24, None))):
+        inside = np.zeros_like(classes)
+        inside[4:-4, :, half] = patient.lung[4:-4, :, half]
+        centre = rng.choice(np.argwhere(inside))
+        distance = sum(
+            ((grid - c) / r) ** 2 for grid, c, r in zip(np.indices(ct.shape), centre, (3, 10, 10), strict=True)
+        )
+        blob = (distance <= 1) & (patient.lung == 1)
+        classes[blob] = value
+        ct[blob] = rng.normal((GROUND_GLASS, CONSOLIDATION)[value - 1], 25, int(blob.sum()))
     return ct, classes
 
 
@@ -104,17 +113,21 @@ def test_two_lesion_classes_come_out(kind: str, tmp_path: Path) -> None:
     cases = tiny_dataset.names(1, 3, 3)
 
     def mask(name: str, phantom: Phantom) -> np.ndarray:
-        return np.full_like(phantom.lesion, 3) if name.startswith("diseased") else two_sorts(phantom)[1]
+        return np.full_like(phantom.lesion, 3) if name.startswith("diseased") else two_sorts(name)[1]
 
     tiny_dataset.write_raw(workspace.raw, cases, mask=mask, dataset_json=dataset_json)
     for name in (*cases, "diseased_7"):
         folder = "imagesTr" if name in cases else "imagesTs"
-        ct, _ = two_sorts(tiny_dataset.patient(name))
+        ct, _ = two_sorts(name)
         tiny_dataset.write_image(ct, workspace.raw / folder / f"{name}_0000.nii.gz")
-    # Augmentation takes most of the time, and a bag asks for four times as many patches.
-    settings = {"patches": "volume", "num_epochs": 2, "iterations_per_epoch": 40, "pseudo_start": 0.5}
-    settings |= {"healthy_outside": 0.0, "optimizer_s": "adam", "learning_rate_s": 0.01}
+    # The terms that know of classes: G and D see any lesion alike.
+    off = dict.fromkeys(("weight_adversarial", "weight_generated", "weight_reconstruction", "healthy_outside"), 0.0)
+    settings = {"patches": "volume", "num_epochs": 4, "iterations_per_epoch": 75, "pseudo_start": 0.6, **off}
+    settings |= {"optimizer_s": "adam", "learning_rate_s": 0.01}
     plans = tiny_dataset.plans(DATASET, settings={**tiny_dataset.SETTINGS, **settings})
+    architecture = copy.deepcopy(tiny_dataset.ARCHITECTURE)
+    architecture["arch_kwargs"]["features_per_stage"] = [8, 16, 32]
+    plans["configurations"]["3d_fullres"] |= {"architecture": architecture}
     tiny_dataset.preprocess(workspace.raw, workspace.preprocessed, plans)
 
     workspace.call("nnUNetv2_train", 501, "3d_fullres", 0, *ON_CPU)
@@ -122,10 +135,10 @@ def test_two_lesion_classes_come_out(kind: str, tmp_path: Path) -> None:
     one_process = ("-npp", 0, "-nps", 0, "--disable_progress_bar")
     workspace.call("nnUNetv2_predict", *folders, *ON_CPU, *one_process)
 
-    found, truth = read(tmp_path / "out" / "diseased_7.nii.gz"), two_sorts(tiny_dataset.patient("diseased_7"))[1]
+    found, truth = read(tmp_path / "out" / "diseased_7.nii.gz"), two_sorts("diseased_7")[1]
+    matches = np.histogram2d(truth.ravel(), found.ravel(), bins=np.arange(4) - 0.5)[0]
     for value in (1, 2):
-        overlap = ((found == value) & (truth == value)).sum()
-        dice = 2 * overlap / ((found == value).sum() + (truth == value).sum())
-        assert dice > 0.4, f"class {value}: Dice {dice:.2f}"
+        dice = 2 * matches[value, value] / (matches[value].sum() + matches[:, value].sum())
+        assert dice > 0.3, f"class {value} has Dice {dice:.2f}; truth down, prediction across:\n{matches}"
     curves = pd.read_csv(workspace.results / DATASET / MODEL / "fold_0" / "gasnet_progress.csv")
-    assert np.isfinite(curves["L_ps"].to_numpy()[1])
+    assert np.isfinite(curves["L_ps"].to_numpy()[-1])
