@@ -73,14 +73,14 @@ def study(
     if report:
         _end(workspace, console)
         return
-    console.print(_plan(workspace, runs, chosen_device))
+    console.print(_plan(workspace, runs, "SLURM" if slurm else chosen_device))
     if commands:
         _print_commands(workspace, runs, chosen_device, console)
         return
     if slurm:
         from gasnet_nnunet.study_slurm import submit
 
-        for line in submit(workspace, runs, chosen_device):
+        for line in submit(workspace, runs):
             console.print(escape(line))
         console.print(f"Once they have ended: [bold]{escape(_again(workspace))} --report[/]")
         return
