@@ -465,10 +465,10 @@ def _narrow(content: Mapping[str, Any], masks: Any) -> None:
 def _check(study: Study, problems: _Problems) -> None:
     """What one entry says about another."""
     if study.reference is not None and study.reference not in study.arms:
-        valid = list(study.arms)
+        arms = list(study.arms)
         problems.add(
             ("reference",),
-            f"there is no arm '{study.reference}'.{hint(study.reference, valid)} Arms: {', '.join(valid)}.",
+            f"there is no arm '{study.reference}'.{hint(study.reference, arms)} Arms: {', '.join(arms)}.",
         )
     titles = [study.title_of(key) for key in study.arms]
     for key, title in zip(study.arms, titles, strict=True):
