@@ -16,6 +16,7 @@ from gasnet_nnunet.adversary import needs_discriminator, needs_generator
 from gasnet_nnunet.networks import Topology, build_discriminator, build_generator
 from gasnet_nnunet.segmenters import SEGMENTERS, segmenter_of
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
+from gasnet_nnunet.steps import cpu_computes_in_bfloat16, training_precision
 
 FORWARD = 1 / 3
 """Share of a forward pass in a forward and a backward pass."""
@@ -63,20 +64,21 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
     """Count the passes of Algorithm 1, averaged over the training.
 
     S+G update: S on I_l, I_h and I_d, and on I_ps once it has joined; G on I_d and I_h; D on I_s and I_g.
-    Each D update: S and G forward on I_d; D on I_h, I_s, I_d and I_g.
+    The average of S looks at I_d before L_ps. Each D update: S and G forward on I_d; D on I_h, I_s, I_d and I_g.
 
     Examples:
         >>> passes_per_iteration(GASNetSettings(discriminator_steps=3, pseudo_start=0.5), batch_size=2)
-        Passes(segmenter=9.0, generator=6.0, discriminator=28.0)
+        Passes(segmenter=9.333333333333334, generator=6.0, discriminator=28.0)
     """
     volumes = settings.volumes_per_step or batch_size
     g, d = needs_generator(settings), needs_discriminator(settings)
     d_updates = settings.discriminator_steps if d else 0
     adversarial, generated = bool(settings.weight_adversarial), bool(settings.weight_generated)
+    pseudo = 1 + FORWARD * (settings.averaged_iterations > 1)
     segmenter = batch_size * bool(settings.weight_labelled) + volumes * (
         bool(settings.weight_healthy)
-        + bool(settings.weight_mil or adversarial)
-        + bool(settings.weight_pseudo) * (1 - settings.pseudo_start)
+        + bool(settings.weight_mil or settings.weight_outside or adversarial)
+        + bool(settings.weight_pseudo) * (1 - settings.pseudo_start) * pseudo
         + d_updates * adversarial * FORWARD
     )
     generator = volumes * (d + bool(settings.weight_reconstruction) + d_updates * FORWARD) if g else 0.0
@@ -114,11 +116,12 @@ def estimate_cost(configuration: dict[str, Any], *, channels: int, labels: int, 
             build_discriminator(settings, topology, channels),
         )
 
+    bfloat16 = settings.cpu_bfloat16 and cpu_computes_in_bfloat16()
     per_volume = np.prod(patch) / np.prod(timed)
     counts = (passes.segmenter, passes.generator, passes.discriminator)
     seconds = per_volume * sum(
-        count * _seconds_of_a_pass(network.to(device), channels, timed, device)
-        for count, network in zip(counts, build(), strict=True)
+        count * _seconds_of_a_pass(network.to(device), channels, timed, device, bfloat16=bfloat16 and name != "D")
+        for name, count, network in zip("SGD", counts, build(), strict=True)
         if count
     )
     with torch.device("meta"):
@@ -156,7 +159,9 @@ def _timed_patch(patch: tuple[int, ...], topology: Topology, most: int) -> tuple
     return tuple(int(edge) for edge in size)
 
 
-def _seconds_of_a_pass(network: nn.Module, channels: int, patch: tuple[int, ...], device: str) -> float:
+def _seconds_of_a_pass(
+    network: nn.Module, channels: int, patch: tuple[int, ...], device: str, *, bfloat16: bool
+) -> float:
     """Seconds of one forward and backward pass of one volume, the fastest of three.
 
     On a CPU it is the processor time of one thread, shared out to all cores, as nnU-Net trains there: with other work
@@ -171,7 +176,7 @@ def _seconds_of_a_pass(network: nn.Module, channels: int, patch: tuple[int, ...]
             torch.set_num_threads(1)
         for _ in range(3):
             start = clock()
-            with torch.autocast("cuda", enabled=device == "cuda"):
+            with training_precision(device, bfloat16=bfloat16):
                 out = network(x)
             loss = torch.stack([o.float().square().mean() for o in (out if isinstance(out, list | tuple) else [out])])
             loss.sum().backward()

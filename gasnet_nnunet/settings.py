@@ -144,7 +144,7 @@ class GASNetSettings:
     weight_healthy: Weight = 1.0
     weight_mil: Weight = 1.0
     weight_pseudo: Weight = 1.0
-    weight_outside: Weight = 0.0
+    weight_outside: Weight = 1.0
     outside_margin_mm: Annotated[float, Field(ge=0.0)] = 20.0
     weight_adversarial: Weight = 1.0
     weight_generated: Weight = 1.0
@@ -153,12 +153,12 @@ class GASNetSettings:
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     restore_within_organ: bool = False
 
-    pseudo_start: Fraction = 0.5
+    pseudo_start: Fraction = 0.25
     pseudo_margin: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.3
     pseudo_ignore_above: Fraction | None = None
-    pasted_share: Fraction = 0.0
-    paste_strength: tuple[Fraction, Fraction] = (1.0, 1.0)
-    averaged_iterations: Count = 1
+    pasted_share: Fraction = 0.5
+    paste_strength: tuple[Fraction, Fraction] = (0.5, 1.0)
+    averaged_iterations: Count = 20
 
     patches: Literal["auto", "volume", "bag"] = "auto"
     bag_size: Count = 4

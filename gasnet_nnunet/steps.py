@@ -98,7 +98,7 @@ class GASNetStep:
         self.scaler = scaler
         self.adversary = adversary
         self.device = device
-        self._bfloat16 = settings.cpu_bfloat16 and device.type == "cpu" and cpu_computes_in_bfloat16()
+        self._bfloat16 = settings.cpu_bfloat16 and cpu_computes_in_bfloat16()
         self.average: AveragedModel | None = None
         if settings.averaged_iterations > 1:
             self.average = AveragedModel(plain_module(segmenter), avg_fn=_moving_average(settings.averaged_iterations))
@@ -110,10 +110,8 @@ class GASNetStep:
         return self.segmenter if self.average is None else self.average
 
     def precision(self) -> AbstractContextManager[Any]:
-        """nnU-Net's half precision on cuda; bfloat16 on a CPU where asked for; else single precision."""
-        if self.device.type == "cuda":
-            return autocast("cuda", enabled=True)
-        return autocast("cpu", dtype=torch.bfloat16) if self._bfloat16 else nullcontext()
+        """Precision of S and G."""
+        return training_precision(self.device.type, bfloat16=self._bfloat16)
 
     def zero_grad(self) -> None:
         """Begin an S+G update."""
@@ -254,6 +252,18 @@ def cpu_computes_in_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16; others would only emulate it. False where torch cannot tell."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def training_precision(device: str, *, bfloat16: bool) -> AbstractContextManager[Any]:
+    """nnU-Net's half precision on cuda; bfloat16 on a CPU where asked for; else single precision.
+
+    Args:
+        device: "cuda", "cpu" or "mps".
+        bfloat16: Whether a CPU is to compute in bfloat16.
+    """
+    if device == "cuda":
+        return autocast("cuda", enabled=True)
+    return autocast("cpu", dtype=torch.bfloat16) if device == "cpu" and bfloat16 else nullcontext()
 
 
 def plain_module(network: nn.Module) -> nn.Module:

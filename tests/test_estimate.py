@@ -49,14 +49,15 @@ def test_formula_of_the_docs() -> None:
 
     passes = passes_per_iteration(GASNetSettings(volumes_per_step=v, discriminator_steps=k, pseudo_start=start), b)
 
-    assert passes.segmenter == pytest.approx(b + 2 * v + v * (1 - start) + k * v / 3)
+    assert passes.segmenter == pytest.approx(b + 2 * v + 4 / 3 * v * (1 - start) + k * v / 3)
     assert passes.generator == pytest.approx(2 * v + k * v / 3)
     assert passes.discriminator == pytest.approx(2 * v + 4 * k * v)
 
 
 def test_terms_that_are_off_cost_nothing() -> None:
     off: dict[str, Any] = {
-        f"weight_{name}": 0.0 for name in ("adversarial", "generated", "diseased", "reconstruction", "pseudo", "mil")
+        f"weight_{name}": 0.0
+        for name in ("adversarial", "generated", "diseased", "reconstruction", "pseudo", "mil", "outside")
     }
 
     passes = passes_per_iteration(GASNetSettings(**off, weight_healthy=0.0), 2)

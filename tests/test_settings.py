@@ -49,6 +49,7 @@ IMPOSSIBLE = [
     ({"patches": "bag", "bag_size": 3}, "bag_size is 3"),
     ({"mirror_axes": [3]}, "mirror_axes"),
     ({"mirror_axes": [1, 1]}, r"mirror_axes names an axis twice: \[1, 1\]"),
+    ({"paste_strength": [0.8, 0.5]}, "paste_strength must rise"),
     ({"window": [[1.0, 1.0]]}, "window must rise"),
     ({"window": [[2.0, 1.0]]}, "window must rise"),
     ({f"weight_{n}": 0 for n in ("labelled", "healthy", "mil", "pseudo", "adversarial")}, "nothing trains S"),
@@ -57,14 +58,16 @@ IMPOSSIBLE = [
 ]
 
 
-def test_the_numbers_of_the_paper_are_the_defaults() -> None:
-    settings = GASNetSettings()
+def test_the_paper_preset_has_the_numbers_of_the_paper_and_nothing_else() -> None:
+    settings = load_preset("paper").settings
     assert (settings.lambda_s, settings.discriminator_steps, settings.pseudo_margin) == (100, 5, 0.3)
     assert settings.pseudo_start == 7_000 / 14_000
     assert settings.reconstruction_loss == "mse"
     weights = {name: getattr(settings, name) for name in GASNetSettings.names() if name.startswith("weight_")}
-    del weights["weight_decay_s"]
+    assert weights.pop("weight_decay_s") == 0
+    assert weights.pop("weight_outside") == 0
     assert set(weights.values()) == {1.0}
+    assert (settings.pasted_share, settings.paste_strength, settings.averaged_iterations) == (0, (1, 1), 1)
     assert not settings.restore_within_organ
 
 

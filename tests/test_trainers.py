@@ -40,7 +40,6 @@ NNUNET_KEYS = {
     *("network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args"),
     *("trainer_name", "inference_allowed_mirroring_axes"),
 }
-EVERYTHING = {"weight_outside": 1.0, "pasted_share": 0.5, "paste_strength": (0.5, 1.0), "averaged_iterations": 4}
 EPOCH_COLUMNS = ("M_healthy", "M_diseased", "false_positive_share", "pseudo_dice", "score", "lr_S", "seconds")
 
 
@@ -323,7 +322,7 @@ def documented_ablations() -> dict[str, list[str]]:
 def test_every_documented_ablation_trains_its_terms_alone(row: str, make: Make) -> None:
     rows = documented_ablations()
     assert list(rows) == ["none", *ADDED]
-    trainer = make(pseudo_start=0.0, **parse_assignments(rows[row]))
+    trainer = make(pseudo_start=0.0, weight_outside=0.0, **parse_assignments(rows[row]))
     trainer.on_train_start()
     report = run_epoch(trainer)[-1]
     wanted = ON.union(*(ADDED[name] for name in list(rows)[1 : list(rows).index(row) + 1]))
@@ -520,11 +519,11 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(datasets: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """Three epochs of an averaged S and every term, with a gallery and a `checkpoint_latest` after each."""
+    """Three epochs, with a gallery and a `checkpoint_latest` after each."""
     root, results = datasets("one class"), tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as environment:
         use_folders(environment, root, results)
-        trainer = build(root, "one class", gallery_every_epochs=1, save_every_minutes=1e-6, **EVERYTHING)
+        trainer = build(root, "one class", gallery_every_epochs=1, save_every_minutes=1e-6, averaged_iterations=4)
         folder = Path(trainer.output_folder)
         leftover = folder / ".checkpoint_best.pth.tmp"
         leftover.write_bytes(b"half a checkpoint")
@@ -646,7 +645,7 @@ def test_every_state_is_restored(finished: Finished, resume: Make) -> None:
 def test_the_average_of_s_predicts_and_s_goes_on_training(finished: Finished, resume: Make) -> None:
     checkpoint, trainer = finished.checkpoint("final"), resume("final")
     averaged, current = checkpoint["network_weights"], checkpoint[CHECKPOINT_KEY]["segmenter"]
-    assert not torch.equal(*(state["decoder.seg_layers.0.weight"] for state in (averaged, current)))
+    assert any(not torch.equal(averaged[name], current[name]) for name in current)
     trainer.on_train_start()
     trainer.on_validation_epoch_start()
     assert_same(dict(trainer.network.state_dict()), dict(averaged))
@@ -681,7 +680,7 @@ def test_settings_of_the_checkpoint_win_and_differences_are_logged(resume: Make)
         "save_every_minutes: 10.0 -> 1e-06",
         "gallery_every_epochs: 0 -> 1",
         "lambda_s: 7.0 -> 100.0",
-        *(f"{name}: {getattr(GASNetSettings(), name)} -> {value}" for name, value in EVERYTHING.items()),
+        "averaged_iterations: 20 -> 4",
     ]
 
 
