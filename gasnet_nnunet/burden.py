@@ -64,8 +64,8 @@ def burden_of(
         mask: Lesions (Z, Y, X); every label above 0 counts.
         ct: CT (Z, Y, X) in HU.
         grid: Where both lie.
-        lungs: Lung mask (Z, Y, X), every value above 0. Lesions outside it are counted as lung, too: a mask by
-            thresholds may miss what is consolidated.
+        lungs: Lung mask (Z, Y, X), every value above 0. Lesions that touch it are counted as lung, too: a mask by
+            thresholds may miss what is consolidated. What lies apart from it is no lung.
         restored: The restored CT (Z, Y, X) in HU.
 
     Returns:
@@ -82,12 +82,14 @@ def burden_of(
     """
     voxel_ml = float(np.prod(grid.spacing)) / 1000
     lesion = np.asarray(mask) > 0
-    volumes = _component_volumes(lesion, voxel_ml)
+    inside = None if lungs is None or not np.any(lungs) else np.asarray(lungs) > 0
+    volumes, apart = _components(lesion, inside, voxel_ml)
     hu = np.asarray(ct)[lesion].astype(np.float64)
     dense = int((hu >= CONSOLIDATED_HU).sum())
     burden: dict[str, Any] = {
         "lesion_ml": len(hu) * voxel_ml,
-        **_by_place(lesion, None if lungs is None else np.asarray(lungs) > 0, np.asarray(ct), grid, voxel_ml),
+        **_by_place(lesion & ~apart, inside, np.asarray(ct), grid, voxel_ml),
+        "lesion_outside_lung_ml": None if inside is None else float((lesion & ~inside).sum()) * voxel_ml,
         "ground_glass_ml": (len(hu) - dense) * voxel_ml,
         "ground_glass_percent": _percent(len(hu) - dense, len(hu)),
         "consolidated_ml": dense * voxel_ml,
@@ -100,7 +102,6 @@ def burden_of(
         "lung_mean_hu_restored": None,
         "component_ml": volumes,
     }
-    inside = None if lungs is None or not np.any(lungs) else np.asarray(lungs) > 0
     for name, values in (("", ct), ("_restored", restored)):
         if values is not None and inside is not None:
             burden[f"lung_mean_hu{name}"] = float(np.asarray(values).mean(where=inside, dtype=np.float64))
@@ -109,21 +110,30 @@ def burden_of(
     return burden
 
 
-def _component_volumes(lesion: Mask, voxel_ml: float) -> list[float]:
+def _components(lesion: Mask, lungs: Mask | None, voxel_ml: float) -> tuple[list[float], Mask]:
+    """Volumes of the single lesions, the largest first, and the voxels of those that do not touch the lungs."""
+    apart = np.zeros_like(lesion)
     box = bounding_box(lesion)
     if box is None:
-        return []
-    labels, _ = ndimage.label(lesion[tuple(slice(*edge) for edge in box)], np.ones((3, 3, 3)))
-    return [float(count) * voxel_ml for count in sorted(np.bincount(labels.ravel())[1:], reverse=True)]
+        return [], apart
+    window = tuple(slice(*edge) for edge in box)
+    neighbours = np.ones((3, 3, 3), bool)
+    labels, count = ndimage.label(lesion[window], neighbours)
+    voxels = np.bincount(labels.ravel(), minlength=count + 1)
+    if lungs is not None:
+        wider = tuple(slice(max(0, low - 1), high + 1) for low, high in box)
+        inner = tuple(slice(w.start - v.start, w.stop - v.start) for w, v in zip(window, wider, strict=True))
+        touching = np.zeros(count + 1, bool)
+        touching[labels[ndimage.binary_dilation(lungs[wider], neighbours)[inner]]] = True
+        apart[window] = (labels > 0) & ~touching[labels]
+    return [float(one) * voxel_ml for one in sorted(voxels[1:], reverse=True)], apart
 
 
 def _by_place(lesion: Mask, lungs: Mask | None, ct: NDArray[Any], grid: Grid, voxel_ml: float) -> dict[str, Any]:
     """Volumes and shares in the lungs, in each of them, and in their thirds."""
     counts = np.zeros((2, len(SIDES), len(THIRDS)))
-    outside = 0
-    known = lungs is not None and bool(lungs.any())
-    if known:
-        assert lungs is not None
+    known = lungs is not None
+    if lungs is not None:
         sides = _Sides(lungs, ct, grid)
         heights = _Heights(grid)
         low, high = heights.range_of(lungs)
@@ -134,12 +144,10 @@ def _by_place(lesion: Mask, lungs: Mask | None, ct: NDArray[Any], grid: Grid, vo
             region = sides.of_slice(z)[place] * 3 + third
             for row, voxels in enumerate((np.ones(region.shape, bool), lesion[z][place])):
                 counts[row] += np.bincount(region[voxels], minlength=6).reshape(counts[row].shape)
-            outside += int((lesion[z] & ~lungs[z]).sum())
     lung, diseased = counts
     places: dict[str, Any] = {
         "lung_ml": lung.sum() * voxel_ml if known else None,
         "lesion_percent": _percent(diseased.sum(), lung.sum()),
-        "lesion_outside_lung_ml": outside * voxel_ml if known else None,
     }
     for axis, names in ((1, SIDES), (0, THIRDS)):
         for name, of_lung, of_lesion in zip(names, lung.sum(axis), diseased.sum(axis), strict=True):

@@ -157,7 +157,7 @@ class _Grid:
     """
 
     def __init__(self, ct: NDArray[Any], spacing: Spacing) -> None:
-        image = sitk.GetImageFromArray(np.clip(ct, *HU_RANGE).astype(np.float32))
+        image = sitk.GetImageFromArray(np.clip(ct, *HU_RANGE, dtype=np.float32))
         image.SetSpacing([float(edge) for edge in reversed(spacing)])
         self._ct = (image.GetSize(), image.GetSpacing())
         bins = [max(1, min(int(GRID_MM / s), n)) for s, n in zip(image.GetSpacing(), image.GetSize(), strict=True)]

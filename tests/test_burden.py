@@ -68,8 +68,8 @@ def test_places_of_a_drawn_chest(chest: dict[str, NDArray[np.generic]]) -> None:
     burden = burden_of(chest["lesion"], chest["ct"], grid_of(SHAPE), lungs=chest["lungs"])
     expected = expected_of(chest)
     assert_like({**burden}, {name: value for name, value in expected.items() if "t_percent" not in name})
-    # A bridge of voxels between the lungs may fall to either.
-    assert_like({**burden}, expected, tolerance=0.01)
+    # Where the lungs touch, voxels may fall to either.
+    assert_like({**burden}, expected, tolerance=0.03)
     assert burden["left_percent"] > 1.5 * burden["right_percent"] > 0
     assert burden["lesion_percent"] == pytest.approx(100 * burden["lesion_ml"] / burden["lung_ml"])
     assert burden["components"] == 3
@@ -143,8 +143,8 @@ def test_one_lung(chest: dict[str, NDArray[np.generic]]) -> None:
 
 
 def test_lungs_grown_together_are_cut_where_they_are_thin() -> None:
-    lungs = ball(110, 100, 85, 60) | ball(110, 100, 175, 60)
-    lungs[10:45, 20:46, 38:50] = True
+    lungs = ball(110, 100, 75, 60) | ball(110, 100, 185, 60)
+    lungs[20:36, 25:42, 20:67] = True
     ct = np.full(SHAPE, 40, np.int16)
     burden = burden_of(ball(110, 100, 230, 10) & lungs, ct, grid_of(SHAPE), lungs=lungs)
     assert burden["left_lung_ml"] == pytest.approx(burden["right_lung_ml"], rel=0.1)
@@ -156,6 +156,20 @@ def test_lesions_that_the_lung_mask_misses_are_lung_too(chest: dict[str, NDArray
     burden = burden_of(lesion, chest["ct"], grid_of(SHAPE), lungs=chest["lungs"] & ~lesion)
     assert burden["lesion_outside_lung_ml"] == pytest.approx(burden["lesion_ml"])
     assert_like(burden, expected_of(chest), tolerance=0.02)
+
+
+def test_what_lies_apart_from_the_lungs_is_no_lung(chest: dict[str, NDArray[np.generic]]) -> None:
+    """False alarms in the air or in the bowel."""
+    lesion = chest["lesion"].copy()
+    lesion[1:4, 2:6, 2:6] = True
+    burden = burden_of(lesion, chest["ct"], grid_of(SHAPE), lungs=chest["lungs"])
+    alarm = 48 * np.prod(SPACING) / 1000
+    expected = expected_of(chest)
+    assert burden["lesion_ml"] == pytest.approx(expected.pop("lesion_ml") + alarm)
+    assert burden["lesion_outside_lung_ml"] == pytest.approx(alarm)
+    assert burden["components"] == 4
+    assert_like(burden, expected, tolerance=0.03)
+    assert burden["lesion_percent"] == pytest.approx(100 * (burden["lesion_ml"] - alarm) / burden["lung_ml"])
 
 
 def test_nothing_to_measure() -> None:
