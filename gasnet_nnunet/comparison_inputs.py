@@ -216,7 +216,7 @@ def find_cases(
         images={case: channels[case] for case in cases if case in channels},
         lungs={case: found_lungs[case] for case in cases if case in found_lungs},
         labels=declared_labels(dataset_json) if "labels" in dataset_json else None,
-        classes=_classes([model.dataset_json for model in models if model.dataset_json] or [dataset_json]),
+        classes=lesion_classes([model.dataset_json for model in models if model.dataset_json] or [dataset_json]),
         notes=tuple(notes),
     )
     _check_grids(files, predicted)
@@ -323,8 +323,12 @@ def _dataset_json(models: Sequence[Model], masks: Path) -> Mapping[str, Any]:
     return next((model.dataset_json for model in models if model.dataset_json), {})
 
 
-def _classes(dataset_jsons: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    """Lesion classes, if there are several and all models have the same."""
+def lesion_classes(dataset_jsons: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Label values of each lesion class, if there are several and all models have the same; else nothing.
+
+    Args:
+        dataset_jsons: nnU-Net's `dataset.json` of each model.
+    """
     found = []
     for dataset_json in dataset_jsons:
         labels = dataset_json.get("labels", {})

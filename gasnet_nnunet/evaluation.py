@@ -50,6 +50,12 @@ class Metric:
         """A value of the column as it is shown."""
         return f"{self.factor * value:{sign}.{self.digits}f}"
 
+    def mean_and_sd(self, mean: float, sd: float) -> str:
+        """A mean with its standard deviation, where there is one, as they are shown."""
+        if np.isnan(mean):
+            return ""
+        return self.text(mean) if np.isnan(sd) else f"{self.text(mean)} ± {self.text(sd)}"
+
 
 METRICS: Mapping[str, Metric] = {
     "dice": Metric("Dice %", 100),
@@ -210,7 +216,7 @@ def summarise(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | No
     """
     columns: dict[tuple[str, str], list[float]] = {}
     for metric in shown_metrics(frames) if metrics is None else metrics:
-        values = [_values(frame, metric) for frame in frames.values()]
+        values = [judged(frame, metric) for frame in frames.values()]
         columns[metric, "mean"] = [column.mean() for column in values]
         columns[metric, "sd"] = [column.std() for column in values]
         columns[metric, "n"] = [column.count() for column in values]
@@ -225,7 +231,7 @@ def shown_metrics(frames: Mapping[str, pd.DataFrame]) -> dict[str, Metric]:
     return {
         name: metric
         for name, metric in known.items()
-        if any(_values(frame, name).notna().any() for frame in frames.values())
+        if any(judged(frame, name).notna().any() for frame in frames.values())
     }
 
 
@@ -268,7 +274,7 @@ def paired_differences(
     for model, frame in frames.items():
         for metric in shown_metrics(frames) if metrics is None else metrics:
             if model != reference:
-                difference = (_values(frame, metric) - _values(frames[reference], metric)).dropna().to_numpy(float)
+                difference = (judged(frame, metric) - judged(frames[reference], metric)).dropna().to_numpy(float)
                 rows.append({"model": model, "metric": metric, **_paired(difference, resamples, seed)})
     return pd.DataFrame(rows, columns=["model", "metric", "n", "difference", "low", "high", "p"])
 
@@ -311,14 +317,14 @@ def to_markdown(text: pd.DataFrame) -> str:
     header = [str(text.index.name or ""), *map(str, text.columns)]
     rows = [[str(name), *cells] for name, cells in zip(text.index, text.to_numpy().tolist(), strict=True)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines) + "\n"
 
 
 def to_rich(text: pd.DataFrame, *, title: str | None = None) -> Table:
     """A table of texts for the terminal, its index in the first column."""
     table = Table(title=title)
     for position, name in enumerate([text.index.name or "", *text.columns]):
-        table.add_column(str(name), justify="right" if position else "left")
+        table.add_column(str(name), justify="right" if position else "left", overflow="fold")
     for name, cells in zip(text.index, text.to_numpy().tolist(), strict=True):
         table.add_row(str(name), *cells)
     return table
@@ -344,7 +350,7 @@ def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path, *, metrics: 
             _draw_strips(axis, name, metric, frames)
         for axis in axes[len(shown) :]:
             axis.set_axis_off()
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_overlays(
@@ -466,8 +472,13 @@ def _check_grid(path: Path, found: Grid, reference: Path, expected: Grid) -> Non
         )
 
 
-def _values(frame: pd.DataFrame, metric: str) -> pd.Series:
-    """A metric of the cases it is averaged over: false positives of the healthy ones, all else of the others."""
+def judged(frame: pd.DataFrame, metric: str) -> pd.Series:
+    """A metric of the cases it is averaged over: false positives of the healthy ones, all else of the others.
+
+    Args:
+        frame: Rows as `evaluate_folder` makes them.
+        metric: One of its columns; NaN where there is no such column.
+    """
     if metric not in frame:
         return pd.Series(np.nan, index=frame.index)
     healthy = frame["lesion_ml"] == 0
@@ -495,20 +506,14 @@ def _summary_text(frames: Mapping[str, pd.DataFrame], metrics: Sequence[str] | N
     shown = {name: metric for name, metric in known.items() if metrics is None or name in metrics}
     summary = summarise(frames, metrics=list(shown))
     text = {
-        metric.heading: [_mean_and_sd(metric, row[name, "mean"], row[name, "sd"]) for _, row in summary.iterrows()]
+        metric.heading: [metric.mean_and_sd(row[name, "mean"], row[name, "sd"]) for _, row in summary.iterrows()]
         for name, metric in shown.items()
     }
     return pd.DataFrame(text, index=pd.Index(list(frames), name="Model"), dtype=str)
 
 
-def _mean_and_sd(metric: Metric, mean: float, sd: float) -> str:
-    if np.isnan(mean):
-        return ""
-    return metric.text(mean) if np.isnan(sd) else f"{metric.text(mean)} ± {metric.text(sd)}"
-
-
 def _draw_strips(axis: Axes, name: str, metric: Metric, frames: Mapping[str, pd.DataFrame]) -> None:
-    shares = pd.DataFrame({model: _values(frame, name) for model, frame in frames.items()})
+    shares = pd.DataFrame({model: judged(frame, name) for model, frame in frames.items()})
     values = shares * metric.factor
     positions = np.arange(values.shape[1])
     axis.plot(positions, values.to_numpy().T, color="0.8", linewidth=1, zorder=1)
@@ -612,7 +617,7 @@ def _draw_overlays(path: Path, rows: Sequence[tuple[_Scan, int]]) -> None:
         for axis, title in zip(grid[0], header, strict=True):
             axis.set_title(title, fontsize=10)
         figure.text(0.5, 0.12 / height, LEGEND, fontsize=9, ha="center", va="center")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _picture(image: NDArray[Any], true: Mask, found: Mask | None, window: Window) -> NDArray[np.float64]:
@@ -626,7 +631,8 @@ def _picture(image: NDArray[Any], true: Mask, found: Mask | None, window: Window
     return picture
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, under its name when it is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120, pil_kwargs={"compress_level": 3})
     os.replace(temporary, path)

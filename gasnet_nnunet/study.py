@@ -27,6 +27,8 @@ OWN = ("title", "like", "equal_time_with", "init_from")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 Count = Annotated[int, Field(ge=1)]
+NOT_ASSIGNED = ("settings", "arms", "seed")
+"""Entries of a study that are not assigned by name: `seed` alone is that of the trainings, a setting."""
 
 
 class _Part(BaseModel):
@@ -122,11 +124,11 @@ class Slurm(_Part):
     """Options of the cluster's jobs; every name that submitit's `AutoExecutor` knows.
 
     Args:
-        job: A job for each run, or one for all runs of an arm.
+        job: A job for all runs of an arm, or one for each run.
         options: Passed on to `update_parameters`, e.g. `slurm_partition`, `gpus_per_node`, `timeout_min`, `mem_gb`.
     """
 
-    job: Literal["run", "arm"] = "run"
+    job: Literal["arm", "run"] = "arm"
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -152,6 +154,7 @@ class Study(_Part):
         labelled: Patterns of cases whose masks may be learnt from; all that are not tested if left out.
         groups: Cases to be kept together.
         subsets: Patterns of test cases that the tables show apart, by name.
+        reference: Arm that the others are compared with, case by case; the first if left out.
         settings: GASNet's settings for all arms.
         arms: The arms by their keys, which name their plans.
         checkpoint: Which one predicts.
@@ -176,6 +179,7 @@ class Study(_Part):
     labelled: tuple[str, ...] | None = None
     groups: Groups | None = None
     subsets: dict[str, str] = Field(default_factory=dict)
+    reference: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     checkpoint: Literal["final", "best"] = "final"
@@ -253,6 +257,11 @@ PARTS: dict[tuple[str, ...], type[_Part]] = {
 }
 
 
+def assignable() -> tuple[str, ...]:
+    """Entries of a study that a command line may assign as it does settings."""
+    return tuple(name for name in Study.model_fields if name not in NOT_ASSIGNED)
+
+
 def study_names() -> list[str]:
     """Names of the studies that come with the package."""
     return sorted(path.stem for path in (plans_folder() / "studies").glob("*.yaml"))
@@ -263,7 +272,8 @@ def load_study(name_or_file: str, changes: Mapping[str, Any] | None = None) -> S
 
     Args:
         name_or_file: A YAML file, or the name of a study that comes with the package.
-        changes: Top-level entries that replace the file's; `settings` are added to the file's.
+        changes: Top-level entries that replace the file's, and an arm is not run with other `masks` then; `settings`
+            are added to the file's.
 
     Raises:
         UserError: There is no such study, or something in it is misspelt, missing or impossible: all of it is listed,
@@ -288,13 +298,15 @@ def load_study(name_or_file: str, changes: Mapping[str, Any] | None = None) -> S
         raise UserError(f"{path} holds no study; expected at least 'dataset' and 'arms'.")
     problems = _Problems(path, root)
     problems.find_twins(root, ())
-    changes = dict(changes or {})
+    changes = _from_here(changes or {})
     settings = changes.pop("settings", {})
     content = {**content, **changes}
     if settings:
         content["settings"] = {**(content.get("settings") or {}), **settings}
     content = _inherit(content, problems)
     problems.raise_them()
+    if "masks" in changes:
+        _narrow(content, changes["masks"])
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
@@ -430,8 +442,38 @@ def _inherit(content: dict[str, Any], problems: _Problems) -> dict[str, Any]:
     return {**content, "arms": {key: resolve(key, ()) for key in arms}}
 
 
+def _from_here(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths among the changes are relative to where the command is run, not to the study file."""
+    here = dict(changes)
+    for name in ("truth", "lungs"):
+        if isinstance(here.get(name), str):
+            here[name] = str(Path(here[name]).absolute())
+    groups = here.get("groups")
+    if isinstance(groups, dict) and isinstance(groups.get("file"), str):
+        here["groups"] = {**groups, "file": str(Path(groups["file"]).absolute())}
+    return here
+
+
+def _narrow(content: Mapping[str, Any], masks: Any) -> None:
+    """Leave arms no numbers of masks but these; one that would have none is refused like any misspelt number."""
+    arms = content.get("arms")
+    for arm in arms.values() if isinstance(arms, dict) and isinstance(masks, list) else ():
+        if isinstance(arm, dict) and isinstance(arm.get("masks"), list):
+            arm["masks"] = [number for number in arm["masks"] if number in masks] or arm["masks"]
+
+
 def _check(study: Study, problems: _Problems) -> None:
     """What one entry says about another."""
+    if study.reference is not None and study.reference not in study.arms:
+        arms = list(study.arms)
+        problems.add(
+            ("reference",),
+            f"there is no arm '{study.reference}'.{hint(study.reference, arms)} Arms: {', '.join(arms)}.",
+        )
+    titles = [study.title_of(key) for key in study.arms]
+    for key, title in zip(study.arms, titles, strict=True):
+        if titles.count(title) > 1:
+            problems.add(("arms", key, "title"), f"more than one arm is called '{title}' in tables and figures.")
     trainers: list[str] = []
     for key, arm in study.arms.items():
         place = ("arms", key)

@@ -24,6 +24,7 @@ from gasnet_nnunet.study_workspace import Workspace, check_folder, open_workspac
 PHANTOM_DATASET = 902
 PHANTOM_NAME = "GASNetStudy"
 PHANTOM_RECORD = "phantoms.json"
+UNFINISHED_PLAN = ".unfinished_plan"
 MOST_PROCESSES = 8
 LAST_LINES = 12
 
@@ -55,9 +56,12 @@ def prepare(study: Study, out: Path, console: Console) -> tuple[Workspace, str]:
         study = study.model_copy(update={"dataset": PHANTOM_DATASET, "phantoms": None})
         study = study.model_copy(update={"lungs": out / "phantoms" / "test" / "lung"})
     dataset = find_dataset(str(study.dataset))
-    plan = study.plan
-    if plan is not None and not (dataset.preprocessed / f"{study.plans}.json").is_file():
+    plan, unfinished = study.plan, out / UNFINISHED_PLAN
+    if plan is not None and (unfinished.is_file() or not (dataset.preprocessed / f"{study.plans}.json").is_file()):
+        # The plans are there before all cases are preprocessed by them.
+        unfinished.touch()
         _run(_plan_command(study, plan, dataset.number), out, "plan", console)
+        unfinished.unlink()
     made = time.monotonic() - start
     workspace = open_workspace(study, out, given=given)
     workspace.preparation_seconds = made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from gasnet_nnunet.study_runner import EPOCH_TIME, record_of, updates_of
+from gasnet_nnunet.study_runner import EPOCH_TIME, WaitingError, record_of, steps_of, updates_of
 from gasnet_nnunet.study_workspace import Run, Workspace
 
 
@@ -24,6 +24,7 @@ class Estimate:
         self._started = 0.0
         self._epochs_done = 0
         self._epoch_seconds = 0.0
+        self._lengths: dict[str, int] = {}
 
     def start(self, run: Run) -> None:
         """A run begins."""
@@ -42,7 +43,7 @@ class Estimate:
         """How far the current run is."""
         if self.current is None:
             return ""
-        total = int(self.workspace.settings(self.current.arm)["num_epochs"])
+        total = self._length(self.current)
         done = f", epoch {self._epochs_done} of {total}" if self._epochs_done else ""
         return f"{self.current.name}{done}"
 
@@ -88,12 +89,22 @@ class Estimate:
 
     def _expected(self, run: Run, known: dict[str, list[tuple[float, int]]], speed: float | None) -> float | None:
         if run is self.current and self._epochs_done:
-            total = int(self.workspace.settings(run.arm)["num_epochs"])
-            return self._epoch_seconds / self._epochs_done * total
-        if run.arm in known:
-            return sum(seconds for seconds, _ in known[run.arm]) / len(known[run.arm])
-        updates = updates_of(self.workspace, run, int(self.workspace.settings(run.arm)["num_epochs"]))
-        return None if speed is None else speed * updates
+            return self._epoch_seconds / self._epochs_done * self._length(run)
+        # An arm of equal time takes what the other one takes, whatever its own length in the plans.
+        for arm in (run.arm, self.workspace.study.arms[run.arm].equal_time_with):
+            if arm in known:
+                return sum(seconds for seconds, _ in known[arm]) / len(known[arm])
+        return None if speed is None else speed * updates_of(self.workspace, run, self._length(run))
+
+    def _length(self, run: Run) -> int:
+        """Epochs of all trainings of a run; of one of equal time that waits, those in its plans."""
+        if run.name not in self._lengths:
+            try:
+                epochs = sum(step.epochs for step in steps_of(self.workspace, run, "cpu"))
+            except WaitingError:
+                return int(self.workspace.settings(run.arm)["num_epochs"])
+            self._lengths[run.name] = epochs
+        return self._lengths[run.name]
 
 
 def duration(seconds: float) -> str:

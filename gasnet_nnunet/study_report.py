@@ -7,7 +7,6 @@ counts once, by its mean over those.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +15,6 @@ from typing import Any
 
 import matplotlib.style
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -25,10 +23,13 @@ from gasnet_nnunet.evaluation import (
     MODEL_COLOURS,
     PAPER_METRICS,
     differences_text,
+    judged,
     paired_differences,
     plot_comparison,
     plot_overlays,
+    save_figure,
     to_markdown,
+    to_rich,
 )
 from gasnet_nnunet.files import write_text
 from gasnet_nnunet.raw_dataset import read_json
@@ -75,8 +76,8 @@ def write_report(workspace: Workspace) -> Report:
     out = workspace.out
     files = [out / "runs.csv"]
     write_text(files[0], runs.to_csv(index=False))
-    header, rows = _cells(workspace, runs, results)
-    text = [f"# {workspace.study.title}\n", _describe(workspace), _markdown(header, rows)]
+    cells = _cells(workspace, runs, results)
+    text = [f"# {workspace.study.title}\n", _describe(workspace), to_markdown(cells)]
     if not results.empty:
         files.append(out / "results.csv")
         write_text(files[-1], results.to_csv(index=False))
@@ -88,12 +89,7 @@ def write_report(workspace: Workspace) -> Report:
     files.append(out / "summary.md")
     write_text(files[-1], "\n".join(text))
     # A terminal is narrow; summary.md has all columns.
-    shown = [position for position, name in enumerate(header) if name not in NOT_IN_TERMINALS]
-    table = Table(title=workspace.study.title, title_justify="left")
-    for position in shown:
-        table.add_column(header[position], justify="right" if position else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(row[position] for position in shown))
+    table = to_rich(cells.drop(columns=list(NOT_IN_TERMINALS)), title=workspace.study.title)
     return Report(table, remarks, files)
 
 
@@ -141,9 +137,7 @@ def _results(workspace: Workspace, runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _cells(
-    workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, cases: str | None = None
-) -> tuple[list[str], list[list[str]]]:
+def _cells(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, cases: str | None = None) -> pd.DataFrame:
     """The table of arms and numbers of masks, as text; of the cases that match a pattern if one is given."""
     study = workspace.study
     if cases is not None and not results.empty:
@@ -159,31 +153,14 @@ def _cells(
                 rows.append([*row, ", ".join(sorted(set(mine["state"]))), *([""] * (len(HEADINGS) - 1))])
                 continue
             by_case = of_run.groupby("case").mean(numeric_only=True)
-            row += [_mean(by_case, metric) for metric in PAPER_METRICS]
+            values = [(METRICS[metric], judged(by_case, metric)) for metric in PAPER_METRICS]
+            row += [metric.mean_and_sd(shown.mean(), shown.std()) for metric, shown in values]
             choices = [judged(frame, "dice").mean() for _, frame in of_run.groupby("repeat")]
             row.append(", ".join(METRICS["dice"].text(value) for value in choices))
             row.append(f"{done['updates'].mean():.0f}")
             row.append(f"{done['training_seconds'].mean() / 60:.1f}")
             rows.append(row)
-    return ["Arm", "Masks", "Runs done", *HEADINGS], rows
-
-
-def judged(frame: pd.DataFrame, metric: str) -> pd.Series:
-    """A metric of the cases it is averaged over: false positives of the healthy ones, all else of the others.
-
-    Args:
-        frame: Rows as `evaluate_folder` makes them.
-        metric: One of its columns.
-    """
-    healthy = frame["lesion_ml"] == 0
-    return frame.loc[healthy if METRICS[metric].healthy else ~healthy, metric].dropna()
-
-
-def _mean(frame: pd.DataFrame, metric: str) -> str:
-    values, shown = judged(frame, metric), METRICS[metric]
-    if values.empty:
-        return ""
-    return shown.text(values.mean()) + (f" ± {shown.text(values.std())}" if len(values) > 1 else "")
+    return pd.DataFrame(rows, columns=["Arm", "Masks", "Runs done", *HEADINGS]).set_index("Arm")
 
 
 def _frames(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, number: int) -> dict[str, pd.DataFrame]:
@@ -198,24 +175,36 @@ def _frames(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, num
 
 
 def _differences(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) -> list[str]:
-    """How much every arm differs from the first one on the same cases."""
-    text = []
-    first = workspace.study.title_of(next(iter(workspace.study.arms)))
-    for number in workspace.study.masks:
+    """How much every arm differs from the reference on the same cases.
+
+    A reference that is not run with as many masks stands beside those arms with what it is run with: whether one mask
+    and volume-level labels do what four masks do.
+    """
+    study, text = workspace.study, []
+    arm = study.reference or next(iter(study.arms))
+    for number in study.masks:
         frames = _frames(workspace, runs, results, number)
-        if first in frames and len(frames) > 1:
-            found = paired_differences(frames, reference=first, metrics=PAPER_METRICS)
-            table = differences_text(found[found["n"] > 1], frames)
-            text.append(
-                f"## Against {first}, {number} mask{'s' if number > 1 else ''}\n\nMean of the differences on the same "
-                "cases, its 95 % interval by bootstrap over the cases, and a signed-rank test.\n\n" + to_markdown(table)
-            )
+        title, learnt = study.title_of(arm), number
+        if number not in study.masks_of(arm):
+            learnt = max((other for other in study.masks_of(arm) if other < number), default=0)
+            fewer = _frames(workspace, runs, results, learnt)
+            frames = {title: fewer[title], **frames} if title in fewer else {}
+        if title not in frames or len(frames) == 1:
+            continue
+        same = set.intersection(*(set(frame.index) for frame in frames.values()))
+        frames = {name: frame[frame.index.isin(same)] for name, frame in frames.items()}
+        found = paired_differences(frames, reference=title, metrics=PAPER_METRICS)
+        table = differences_text(found[found["n"] > 1], frames)
+        whose = title if learnt == number else f"{title} with {_masks(learnt)}"
+        text.append(
+            f"## {_masks(number)} against {whose}\n\nMean of the differences on the same {len(same)} cases, its 95 % "
+            "interval by bootstrap over the cases, and a signed-rank test.\n\n" + to_markdown(table)
+        )
     return text
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines) + "\n"
+def _masks(number: int) -> str:
+    return f"{number} mask{'s' * (number != 1)}"
 
 
 def _describe(workspace: Workspace) -> str:
@@ -234,8 +223,7 @@ def _describe(workspace: Workspace) -> str:
 def _subsets(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) -> list[str]:
     text = []
     for name, pattern in workspace.study.subsets.items():
-        header, rows = _cells(workspace, runs, results, pattern)
-        text.append(f"## {name} (`{pattern}`)\n\n{_markdown(header, rows)}")
+        text.append(f"## {name} (`{pattern}`)\n\n{to_markdown(_cells(workspace, runs, results, pattern))}")
     return text
 
 
@@ -332,10 +320,4 @@ def _plot_over_masks(workspace: Workspace, results: pd.DataFrame, path: Path) ->
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
-        _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+        save_figure(figure, path)

@@ -554,6 +554,7 @@ def find_script(name: str) -> str:
 
 def _score(workspace: Workspace, run: Run, predictions: Path, target: Path) -> None:
     """Score the predictions of a run and write a row a case."""
+    from gasnet_nnunet.comparison_inputs import lesion_classes
     from gasnet_nnunet.evaluation import evaluate_folder
 
     tests = workspace.test_set(run.deal)
@@ -564,6 +565,7 @@ def _score(workspace: Workspace, run: Run, predictions: Path, target: Path) -> N
         file_ending=workspace.ending,
         num_processes=cores(),
         ignore_label=workspace.ignore_label,
+        classes=lesion_classes([workspace.dataset_json]),
     )
     write_text(target, frame.to_csv())
 

@@ -15,14 +15,16 @@ from gasnet_nnunet.study_prepare import prepare
 from gasnet_nnunet.study_runner import Runner, state_of
 from gasnet_nnunet.study_workspace import Run, Workspace
 
+DEFAULTS: Mapping[str, Any] = {"timeout_min": 24 * 60, "cpus_per_task": 8}
+"""submitit's own are five minutes and one core, with which nnU-Net cannot augment as fast as a GPU trains."""
 
-def submit(workspace: Workspace, runs: Sequence[Run], device: str, *, cluster: str | None = None) -> list[str]:
+
+def submit(workspace: Workspace, runs: Sequence[Run], *, cluster: str | None = None) -> list[str]:
     """Submit what is not done; a job of an arm that needs the time or the model of another one waits for its job.
 
     Args:
         workspace: The study, on a disk that the nodes share.
         runs: Runs to be made.
-        device: nnU-Net's `-device`.
         cluster: submitit's name of another executor, such as `local`.
 
     Returns:
@@ -38,7 +40,7 @@ def submit(workspace: Workspace, runs: Sequence[Run], device: str, *, cluster: s
     slurm = workspace.study.slurm
     if cluster is None and submitit.SlurmExecutor.affinity() < 0:
         raise UserError("--slurm needs SLURM's commands (sbatch), and they are not here. Run this on a login node.")
-    todo = [run for run in runs if state_of(workspace, run, device) != "done"]
+    todo = [run for run in runs if state_of(workspace, run) != "done"]
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in todo:
         groups.setdefault((run.arm, "" if slurm.job == "arm" else run.deal.name), []).append(run)
@@ -49,7 +51,10 @@ def submit(workspace: Workspace, runs: Sequence[Run], device: str, *, cluster: s
     for (arm, part), group in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
         needed = [jobs[other, part] for other in workspace.study.needs(arm) if (other, part) in jobs]
         executor = submitit.AutoExecutor(folder=workspace.out / "slurm", cluster=cluster or "slurm")
-        options: dict[str, Any] = {"name": f"{arm}_{part}".strip("_"), **slurm.options}
+        options: dict[str, Any] = {"name": f"{arm}_{part}".strip("_"), **DEFAULTS}
+        if workspace.study.device in (None, "cuda"):
+            options["gpus_per_node"] = 1
+        options |= slurm.options
         if needed and cluster is None:
             more = dict(options.get("slurm_additional_parameters", {}))
             options["slurm_additional_parameters"] = {**more, "dependency": f"afterany:{':'.join(needed)}"}
@@ -58,26 +63,27 @@ def submit(workspace: Workspace, runs: Sequence[Run], device: str, *, cluster: s
         except (NameError, TypeError) as error:
             raise UserError(f"slurm.options of the study cannot be used: {' '.join(str(error).split())}") from None
         names = [run.name for run in group]
-        job = executor.submit(run_job, workspace.out, names, device, workspace.environment_of_user())
+        job = executor.submit(run_job, workspace.out, names, workspace.environment_of_user())
         jobs[arm, part] = str(job.job_id)
         lines.append(f"{job.job_id}: {', '.join(names)}")
     return lines or ["Everything is done already."]
 
 
-def run_job(out: Path, names: Sequence[str], device: str, environment: Mapping[str, str]) -> list[str]:
+def run_job(out: Path, names: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Make some runs of a study; what a job does.
+
+    It trains on the device of its node, which the login node may not have, unless the study names one.
 
     Args:
         out: Folder of the study.
         names: Of the runs.
-        device: nnU-Net's `-device`.
         environment: nnU-Net's folders of whoever submitted the job.
 
     Returns:
         The states that the runs ended in.
     """
     os.environ.update(environment)
-    workspace, _ = prepare(load_study(str(out / "study.yaml")), out, Console(quiet=True))
+    workspace, device = prepare(load_study(str(out / "study.yaml")), out, Console(quiet=True))
     runner = Runner(workspace, device)
     states = [runner.run(run) for run in workspace.runs if run.name in names]
     runner.note_time()

@@ -150,7 +150,9 @@ def make_deals(
         if study.masks[-1] > len(pool):
             raise UserError(
                 f"masks: {study.masks[-1]} are asked for, but only {len(pool)} cases with a mask are left to learn "
-                f"from{'' if study.test == REST else f' in fold {fold}'}. Ask for fewer, or test fewer."
+                f"from{'' if study.test == REST else f' in fold {fold}'}. Ask for fewer (--set "
+                f"masks=[{', '.join(str(number) for number in study.masks if number <= len(pool)) or 1}]), or test "
+                "fewer."
             )
         for number in study.masks:
             for repeat in range(study.repeats):

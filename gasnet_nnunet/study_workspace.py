@@ -266,10 +266,12 @@ class Workspace:
                 f"The configuration '{study.configuration}' of {path} takes its data from another one; name one that "
                 "has data of its own, such as 3d_fullres."
             )
-        if not any((self.base / str(configuration["data_identifier"])).glob("*.pkl")):
+        data = self.base / str(configuration["data_identifier"])
+        if missing := sorted(set(self.dataset.files) - {path.stem for path in data.glob("*.pkl")}):
             raise UserError(
-                f"{self.base / str(configuration['data_identifier'])} holds no preprocessed cases. Make them with: "
-                f"nnUNetv2_preprocess -d {self.dataset.number} -plans_name {name} -c {study.configuration}"
+                f"{data} lacks {len(missing)} of {len(self.dataset.files)} preprocessed cases: {abbreviate(missing)}. "
+                f"Make them with: nnUNetv2_preprocess -d {self.dataset.number} -plans_name {name} -c "
+                f"{study.configuration}"
             )
         configuration[PLANS_KEY] = study.settings_of(arm, configuration.get(PLANS_KEY, {})).to_dict()
         segmenter = study.arms[arm].segmenter

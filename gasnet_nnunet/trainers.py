@@ -183,11 +183,15 @@ class GASNetTrainer(nnUNetTrainer):
     def _start_from(self, checkpoint: str) -> None:
         """Give S, G and D the weights of a trained model (the setting `init_from`)."""
         assert self.adversary is not None
+        assert self.gasnet_step is not None
         origin = read_origin(checkpoint)
         origin.check_dataset(self.dataset_json)
         configuration = self.configuration_manager.configuration
         origin.check_network(configuration)
         origin.load_into(self.network, self.adversary)
+        if self.gasnet_step.average is not None:
+            # It teaches from the first iteration on where pseudo_start is 0.
+            self.gasnet_step.average.module.load_state_dict(origin.weights)
         self.print_to_log_file(
             f"Training starts from the weights in {origin.path}, trained on {origin.plans['dataset_name']} by "
             f"{origin.trainer}."

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.settings import load_preset
 from gasnet_nnunet.study import load_study, segmenter_names, study_names, trainer_names
 
+ADDED = {"weight_outside", "pasted_share", "paste_strength", "averaged_iterations", "pseudo_start"}
+"""Settings in which the defaults go beyond the paper."""
 WHOLE = """
 dataset: 501
 masks: [4, 1, 4]
@@ -67,6 +71,57 @@ def test_package_has_the_papers_tables() -> None:
     assert off == [5, 4, 3, 2, 1, 0]
 
 
+def test_papers_studies_have_plans_of_their_own_by_its_preset() -> None:
+    for name in study_names():
+        if name.startswith("paper"):
+            study = load_study(name, {"dataset": 501})
+            assert study.plan is not None
+            assert (study.plan.preset, study.plans) == ("paper", "PaperPlans")
+
+
+@pytest.mark.parametrize("name", ["one-mask", "paper-table-3", "paper-table-4"])
+def test_plain_multiple_instance_learning_has_no_other_terms(name: str) -> None:
+    settings = load_study(name, {"dataset": 501}).settings_of("mil", {}).to_dict()
+    on = {key for key, value in settings.items() if key.startswith("weight_") and value}
+    assert on == {"weight_labelled", "weight_healthy", "weight_mil", "weight_decay_s"}
+    assert settings["pasted_share"] == 0
+
+
+def test_ablation_changes_one_thing_at_a_time() -> None:
+    study = load_study("ablation", {"dataset": 501})
+    settings = {key: study.settings_of(key, {}).to_dict() for key in study.arms}
+    whole = settings["gasnet"]
+    changed = {key: {name for name in whole if whole[name] != mine[name]} for key, mine in settings.items()}
+    adversary = {"weight_adversarial", "weight_generated", "weight_diseased", "weight_reconstruction"}
+    assert changed.pop("gasnet") == set()
+    assert changed.pop("paper") == ADDED
+    assert changed.pop("no-adversary") == adversary
+    assert {name for names in changed.values() for name in names} == {*ADDED, "weight_mil", "weight_pseudo"}
+    assert all(len(names) == 1 for names in changed.values())
+    papers = load_preset("paper").settings
+    assert study.settings_of("paper", papers.to_dict()) == papers
+
+
+def test_command_line_narrows_the_numbers_of_masks() -> None:
+    study = load_study("one-mask", {"dataset": 501, "masks": [1]})
+    assert all(study.masks_of(arm) == (1,) for arm in study.arms)
+
+
+def test_command_line_assigns_entries_of_the_study_and_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("gasnet_nnunet.study_prepare.prepare", lambda study, *_: seen.append(study) or 1 / 0)
+    (tmp_path / "patients.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    words = ["folds=5", "seed=3", "num_epochs=2", 'groups={"file": "patients.json", "key": "anatomy"}']
+    with pytest.raises(ZeroDivisionError):
+        command("one-mask", dataset="501", set_=words)
+    (study,) = seen
+    assert (study.folds, study.settings) == (5, {"seed": 3, "num_epochs": 2})
+    assert study.groups.file == tmp_path / "patients.json"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -93,6 +148,8 @@ def test_package_has_the_papers_tables() -> None:
         ("dataset: 1\nmasks: [1]\narms: {a: {masks: [2]}}\n", "2 is none of the study's numbers"),
         ("dataset: 1\narms: {a: {equal_time_with: b}, b: {}}\n", "has to be `like` another one"),
         ("dataset: 1\narms: {a: {init_from: b}, b: {init_from: a}}\n", "which waits for it"),
+        ("dataset: 1\nreference: b\narms: {a: {}}\n", "reference (line 2): there is no arm 'b'."),
+        ("dataset: 1\narms: {a: {title: A}, b: {title: A}}\n", "more than one arm is called 'A'"),
         ("dataset: 1\nplan: {preset: pape}\narms: {a: {}}\n", "Did you mean 'paper'?"),
         ("dataset: 1\ntest: 2\nfolds: 5\narms: {a: {}}\n", "give either"),
         ("dataset: 1\nmasks: [0]\narms: {a: {}}\n", "masks"),

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ import pandas as pd
 import pytest
 import tiny_dataset
 import torch
+from rich.console import Console
 
 from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.cohort import read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.splits import read_fold
-from gasnet_nnunet.study import load_study
+from gasnet_nnunet.study import Study, load_study
+from gasnet_nnunet.study_prepare import prepare
 from gasnet_nnunet.study_progress import Estimate
 from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
+from gasnet_nnunet.study_report import _differences
 from gasnet_nnunet.study_runner import WaitingError, find_script, record_of, state_of, steps_of, training_seconds
 from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
 
@@ -222,6 +225,72 @@ def test_refuses_plans_that_are_not_there(folders: Path, tmp_path: Path) -> None
         command(write_study(folders / "files", plans="Other"), out=tmp_path / "out", device="cpu")
 
 
+def test_refuses_preprocessed_data_that_lack_a_case(folders: Path, tmp_path: Path) -> None:
+    data = folders / "preprocessed" / DATASET / "nnUNetPlans_3d_fullres"
+    (data / "healthy_0.pkl").rename(tmp_path / "healthy_0.pkl")
+    try:
+        with pytest.raises(
+            UserError, match=r"lacks 1 of 8 preprocessed cases: healthy_0\. .*nnUNetv2_preprocess -d 501"
+        ):
+            command(write_study(folders / "files"), out=tmp_path / "out", device="cpu")
+    finally:
+        (tmp_path / "healthy_0.pkl").rename(data / "healthy_0.pkl")
+
+
+def test_planning_that_was_interrupted_is_done_again(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[bool] = []
+    interrupted = True
+
+    def plan(words: Sequence[str], *_: Any) -> None:
+        planned.append("--preset" in words)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gasnet_nnunet.study_prepare._run", plan)
+    loaded = load_study(write_study(tmp_path / "files", plans="Mine", plan={"preset": "small"}))
+    plans = folders / "preprocessed" / DATASET / "Mine.json"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(loaded, tmp_path / "out", Console(quiet=True))
+    plans.write_text((plans.parent / "GASNetPlans.json").read_text())
+    interrupted = False
+    try:
+        for _ in range(2):
+            prepare(loaded, tmp_path / "out", Console(quiet=True))
+    finally:
+        plans.unlink()
+    assert planned == [True, True]
+
+
+def test_arms_are_compared_with_the_reference_whatever_it_learnt_from(
+    crashed: tuple[Path, set[str], set[str]],
+) -> None:
+    out, _, _ = crashed
+    arms = {"supervised": {**ARMS["supervised"], "masks": [2]}, "gasnet": {"title": "GASNet", "masks": [1]}}
+    changed = load_study(str(out / "study.yaml")).model_dump() | {"arms": arms, "masks": [1, 2], "reference": "gasnet"}
+    workspace = Workspace(Study.model_validate(changed), out, opened(out).dataset)
+    rows = [("gasnet", 1, "a", 0.8), ("gasnet", 1, "b", 0.6), ("supervised", 2, "a", 0.6), ("supervised", 2, "b", 0.5)]
+    results = pd.DataFrame(rows, columns=["arm", "masks", "case", "dice"]).assign(
+        lesion_ml=1.0, sensitivity=0.5, specificity=0.5, false_positive_lung=float("nan")
+    )
+    runs = pd.DataFrame({"arm": ["gasnet", "supervised"], "masks": [1, 2], "state": "done"})
+    (text,) = _differences(workspace, runs, results)
+    assert "## 2 masks against GASNet with 1 mask" in text
+    assert "| Supervised | Dice % | 2 | -15.0 |" in text
+
+
+def test_time_left_of_an_arm_of_equal_time_is_that_of_the_other(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    arms = {**ARMS, "patient": {"like": "broken", "equal_time_with": "supervised"}}
+    changed = load_study(str(out / "study.yaml")).model_dump() | {"arms": arms}
+    workspace = Workspace(Study.model_validate(changed), out, opened(out).dataset)
+    workspace.write()
+    patient = run_of(workspace, "patient")
+    seconds = record_of(workspace, run_of(workspace, "supervised")).content["seconds"]
+    assert Estimate(workspace, [patient]).seconds() == pytest.approx(seconds)
+
+
 def test_refuses_masks_that_do_not_match_before_any_training(folders: Path, tmp_path: Path) -> None:
     truth = tmp_path / "truth"
     small = tiny_dataset.patient("diseased_0").lesion[:-1]
@@ -361,7 +430,7 @@ def test_jobs_of_a_cluster(folders: Path) -> None:
     out.mkdir()
     (out / "study.yaml").write_text(Path(folders / "files4" / "study.yaml").read_text())
     workspace = opened(out)
-    assert len(submit(workspace, workspace.runs, "cpu", cluster="debug")) == 1
+    assert len(submit(workspace, workspace.runs, cluster="debug")) == 1
     end = time.monotonic() + 300
     while state_of(workspace, workspace.runs[0]) != "done" and time.monotonic() < end:
         time.sleep(1)

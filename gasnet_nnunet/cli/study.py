@@ -31,7 +31,11 @@ def study(
     out: Annotated[Path | None, typer.Option(help="Folder of the study; named after it if left out.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting for all arms; may be given several times."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting for all arms, or an entry of the study such as folds=5; may be repeated.",
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; wins over the file.")] = None,
     only: Annotated[
@@ -43,15 +47,17 @@ def study(
 ) -> None:
     """Train and compare several methods on one dataset, with a table and figures at the end.
 
-    STUDY is a YAML file (docs/study.md) or one of the studies of the package: phantom (needs no data), one-mask (any
-    dataset), paper-table-3, paper-table-4, paper-table-5, paper-fig-11. The same command again goes on where it
-    stopped: what is done is skipped, what was interrupted is resumed, what failed is tried again.
+    STUDY is a YAML file (docs/study.md) or one of the studies of the package: phantom (needs no data), one-mask and
+    ablation (any dataset), paper-table-3, paper-table-4, paper-table-5, paper-fig-11. The same command again goes on
+    where it stopped: what is done is skipped, what was interrupted is resumed, what failed is tried again.
     """
     from gasnet_nnunet.settings import parse_assignments
-    from gasnet_nnunet.study import load_study
+    from gasnet_nnunet.study import assignable, load_study
 
     console = Console(highlight=False, soft_wrap=True)
-    changes: dict[str, Any] = {"settings": parse_assignments(set_ or [])}
+    settings = parse_assignments(set_ or [])
+    changes: dict[str, Any] = {key: settings.pop(key) for key in assignable() if key in settings}
+    changes["settings"] = settings
     if dataset is not None:
         changes["dataset"] = int(dataset) if dataset.isdecimal() else dataset
     if device is not None:
@@ -67,14 +73,14 @@ def study(
     if report:
         _end(workspace, console)
         return
-    console.print(_plan(workspace, runs, chosen_device))
+    console.print(_plan(workspace, runs, "SLURM" if slurm else chosen_device))
     if commands:
         _print_commands(workspace, runs, chosen_device, console)
         return
     if slurm:
         from gasnet_nnunet.study_slurm import submit
 
-        for line in submit(workspace, runs, chosen_device):
+        for line in submit(workspace, runs):
             console.print(escape(line))
         console.print(f"Once they have ended: [bold]{escape(_again(workspace))} --report[/]")
         return
