@@ -183,15 +183,11 @@ class GASNetTrainer(nnUNetTrainer):
     def _start_from(self, checkpoint: str) -> None:
         """Give S, G and D the weights of a trained model (the setting `init_from`)."""
         assert self.adversary is not None
-        assert self.gasnet_step is not None
         origin = read_origin(checkpoint)
         origin.check_dataset(self.dataset_json)
         configuration = self.configuration_manager.configuration
         origin.check_network(configuration)
         origin.load_into(self.network, self.adversary)
-        if self.gasnet_step.average is not None:
-            # It teaches from the first iteration on where pseudo_start is 0.
-            self.gasnet_step.average.module.load_state_dict(origin.weights)
         self.print_to_log_file(
             f"Training starts from the weights in {origin.path}, trained on {origin.plans['dataset_name']} by "
             f"{origin.trainer}."
@@ -443,7 +439,8 @@ class GASNetTrainer(nnUNetTrainer):
                 self._start_from(self.settings.init_from)
         assert self.gasnet_step is not None
         if self.gasnet_step.average is not None and not self._restored:
-            # By init_from or -pretrained_weights S is another one than it was made.
+            # By init_from or -pretrained_weights S is another one than it was made, and where pseudo_start is 0 its
+            # average teaches from the first iteration on.
             self.gasnet_step.average.module.load_state_dict(plain_module(self.network).state_dict())
         cases = self._fold_cases()
         assert self._cohort is not None
