@@ -334,7 +334,7 @@ class GASNetTrainer(nnUNetTrainer):
                     cases.healthy,
                     batch_size=self._pasted_patches(),
                     strength=settings.paste_strength,
-                    lesions=[label for label in self.label_manager.foreground_labels if isinstance(label, int)],
+                    lesions=[int(label) for label in self.label_manager.foreground_labels],
                     **options,
                 )
                 self._pasted = self._start_stream(pasted, min(1, get_allowed_n_proc_DA()))

@@ -32,7 +32,7 @@ from gasnet_nnunet.phantom import Phantom
 from gasnet_nnunet.selection import BestEpoch
 from gasnet_nnunet.settings import GASNetSettings, parse_assignments
 from gasnet_nnunet.steps import STEP_COLUMNS
-from gasnet_nnunet.trainers import CHECKPOINT_KEY, GASNetTrainer, SupervisedBaselineTrainer
+from gasnet_nnunet.trainers import CHECKPOINT_KEY, GASNetTrainer, SupervisedBaselineTrainer, _with_last_replaced
 
 DATASET = "Dataset501_Tiny"
 CPU = torch.device("cpu")
@@ -653,6 +653,23 @@ def test_the_average_of_s_predicts_and_s_goes_on_training(finished: Finished, re
     assert_same(dict(trainer.network.state_dict()), dict(current))
     trainer.perform_actual_validation()
     assert_same(dict(trainer.network.state_dict()), dict(averaged))
+
+
+@pytest.mark.parametrize("layout", ["one class", "two classes", "regions"])
+def test_pasted_patches_hold_the_lesions_of_the_masks(layout: str, make: Make) -> None:
+    trainer = make(layout)
+    trainer.on_train_start()
+    targets = [next(trainer._pasted)["target"][0] for _ in range(8)]
+    assert {len(target) for target in targets} == {1}  # half of a batch of two
+    values = {int(value) for target in targets for value in target.unique()}
+    assert values == ({0, 1, 2} if layout == "two classes" else {0, 1})
+    batch = next(trainer.dataloader_train)
+    pasted = next(trainer._pasted)
+    mixed = _with_last_replaced(batch, pasted)
+    for mine, theirs, both in zip(batch["target"], pasted["target"], mixed["target"], strict=True):
+        assert torch.equal(both[0], mine[0])
+        assert torch.equal(both[1], theirs[0].to(mine.dtype))
+    assert torch.equal(mixed["data"][1], pasted["data"][0])
 
 
 def test_an_average_begins_as_s_itself_and_then_follows_it(make: Make) -> None:
