@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def run_job(out: Path, names: Sequence[str], environment: Mapping[str, str]) -> 
     Returns:
         The states that the runs ended in.
     """
+    # submitit ignores SIGTERM, and so would worker processes: a pool that ends them by it would wait for ever.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environment)
     workspace, device = prepare(load_study(str(out / "study.yaml")), out, Console(quiet=True))
     runner = Runner(workspace, device)

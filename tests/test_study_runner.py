@@ -426,11 +426,11 @@ def test_jobs_of_a_cluster(folders: Path) -> None:
     from gasnet_nnunet.study_slurm import submit
 
     out = folders / "cluster"
-    load_study(write_study(folders / "files4", arms={"supervised": ARMS["supervised"]}))
+    load_study(write_study(folders / "files4", arms={"supervised": ARMS["supervised"]}, device="cpu"))
     out.mkdir()
     (out / "study.yaml").write_text(Path(folders / "files4" / "study.yaml").read_text())
     workspace = opened(out)
-    assert len(submit(workspace, workspace.runs, cluster="debug")) == 1
+    assert len(submit(workspace, workspace.runs, cluster="local")) == 1
     end = time.monotonic() + 300
     while state_of(workspace, workspace.runs[0]) != "done" and time.monotonic() < end:
         time.sleep(1)
