@@ -169,6 +169,9 @@ def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+TWO_EPOCHS = {"num_epochs": 2, "pseudo_start": 0.5, "averaged_iterations": 1}
+
+
 @pytest.mark.parametrize("segmenter", SEGMENTERS)
 def test_nnunet_trains_it_and_predicts_with_it(
     segmenter: str, preprocessed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,7 +180,7 @@ def test_nnunet_trains_it_and_predicts_with_it(
         monkeypatch.setenv(f"nnUNet_{name}", str(preprocessed / name))
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    plans = tiny_dataset.plans(DATASET, settings={**tiny_dataset.SETTINGS, "num_epochs": 2, "pseudo_start": 0.5})
+    plans = tiny_dataset.plans(DATASET, settings={**tiny_dataset.SETTINGS, **TWO_EPOCHS})
     configuration = {**plans["configurations"]["3d_fullres"], "architecture": ANISOTROPIC}
     plans["configurations"]["3d_fullres"] = apply_segmenter(configuration, segmenter)
     plans["continue_training"] = False

@@ -431,7 +431,7 @@ def test_baseline_learns_from_healthy_volumes_only_if_asked(healthy: bool, make:
 
 
 def test_nothing_is_learnt_before_the_only_term_joins(make: Make) -> None:
-    others = ("labelled", "healthy", "mil", "adversarial", "generated", "diseased", "reconstruction")
+    others = ("labelled", "healthy", "mil", "outside", "adversarial", "generated", "diseased", "reconstruction")
     trainer = make(pseudo_start=1.0, **{f"weight_{name}": 0.0 for name in others})
     trainer.on_train_start()
     before = copy.deepcopy(trainer.network.state_dict())
