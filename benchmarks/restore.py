@@ -107,7 +107,7 @@ def memory(
         ).stdout.splitlines()[-1]
         command = [*OURS, "-i", str(root / "in"), "-o", str(root / "out"), "-m", model, "-device", "cpu"]
         wall, cpu, mib = run(command if report else [*command, "--no-report"], environment)
-        made = json.loads((root / "out" / "burden.json").read_text())["cases"]["large"]
+        made = json.loads((root / "out" / "burden.json").read_text(encoding="utf-8"))["cases"]["large"]
     shape = " x ".join(map(str, size))
     console.print(f"{shape} voxels (Z x Y x X): {mib / 1024:.2f} GiB, {wall:.0f} s, {cpu:.0f} s of processors")
     console.print(f"lungs {made['lung_ml'] or 0:.0f} ml")

@@ -81,7 +81,7 @@ def shorten(path: Path) -> None:
 
 def rewrite(dataset: Path, **change: Any) -> None:
     path = dataset / "dataset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_problems_of_all_kinds_are_told_together(dataset: Path) -> None:
 
 def test_splits_are_checked(dataset: Path) -> None:
     path = splits_of(dataset)
-    content = json.loads((dataset / "dataset.json").read_text())
+    content = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
     write_splits(path, make_splits(read_cohort(dataset / "labelsTr", content)))
     assert "2 folds, all fit to train" in check("--quick")
     path.write_text(json.dumps([{"train": ["d1", "h1"], "val": ["m1"]}]))

@@ -170,7 +170,7 @@ def test_bad_label_declarations_are_refused(labels: Path, bad: dict[str, Any]) -
 def test_cache_is_used_and_notices_changed_files(labels: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cohort.json"
     read_cohort(labels, DATASET, cache=cache)
-    content = json.loads(cache.read_text())
+    content = json.loads(cache.read_text(encoding="utf-8"))
     content["mask"]["counts"]["1"] = 77
     cache.write_text(json.dumps(content))
     assert read_cohort(labels, DATASET, cache=cache).cases["mask"].lesion_voxels == 77
@@ -183,7 +183,7 @@ def test_a_broken_cache_is_made_anew(labels: Path, tmp_path: Path, content: str)
     cache = tmp_path / "cohort.json"
     cache.write_text(content)
     assert read_cohort(labels, DATASET, cache=cache) == read_cohort(labels, DATASET)
-    assert "stamp" in json.loads(cache.read_text())["mask"]
+    assert "stamp" in json.loads(cache.read_text(encoding="utf-8"))["mask"]
 
 
 def test_many_files_are_read_by_several_processes(labels: Path) -> None:

@@ -84,7 +84,7 @@ def test_folders_of_predictions_are_compared(data: Path) -> None:
     assert rows.loc[("good", "diseased_7"), "dice"] == 1
     assert rows.loc[("poor", "healthy_7"), "false_positive_lung"] > 0
     assert rows["site"].tolist() == ["A", "B", "A"] * 2
-    summary = json.loads((data / "out/summary.json").read_text())
+    summary = json.loads((data / "out/summary.json").read_text(encoding="utf-8"))
     assert summary["models"]["good"]["dice"] == {"mean": 1, "sd": 0, "n": 2}
     assert summary["subsets"]["site"]["B"]["good"]["dice"] == {"mean": 1, "sd": None, "n": 1}
     dice = next(row for row in summary["differences"] if row["metric"] == "dice")

@@ -202,7 +202,7 @@ def test_an_archive_becomes_a_dataset(archive: Path) -> None:
     np.testing.assert_array_equal(stored(archive, 1, "labelsTr"), lesion())
     assert grid_difference(read_grid(raw(archive) / "imagesTr" / "case_0001_0000.nii.gz"), GRID) is None
     assert stored(archive, 1).dtype == np.int16
-    cases = json.loads((raw(archive) / "dataset.json").read_text())["gasnet"]["cases"]
+    cases = json.loads((raw(archive) / "dataset.json").read_text(encoding="utf-8"))["gasnet"]["cases"]
     assert cases["case_0002"] == {
         "patient": "patient_0002",
         "slice_thickness": 5.0,
@@ -216,7 +216,7 @@ def test_the_rule_is_told(archive: Path) -> None:
     assert "at least 20 slices over at least 150 mm, each at most 5 mm thick" in output
     assert "a lung kernel" in output
     assert "2 files are no DICOM files" in output
-    remarks = json.loads((raw(archive) / "conversion_report.json").read_text())["remarks"]
+    remarks = json.loads((raw(archive) / "conversion_report.json").read_text(encoding="utf-8"))["remarks"]
     assert any("at least 20 slices" in remark for remark in remarks)
 
 
@@ -248,7 +248,7 @@ def test_a_failed_conversion_leaves_no_patient_data_either(archive: Path) -> Non
         convert()
     left = list((archive / "raw").rglob("*.json"))
     assert left, "what was sound is kept"
-    assert not any(secret in path.read_text() for path in left for secret in SECRETS)
+    assert not any(secret in path.read_text(encoding="utf-8") for path in left for secret in SECRETS)
 
 
 def test_the_linking_table_stays_away_from_the_data(archive: Path, listed: Listed) -> None:
@@ -259,7 +259,7 @@ def test_the_linking_table_stays_away_from_the_data(archive: Path, listed: Liste
     (archive / "who.csv").write_text("mine")
     with pytest.raises(UserError, match=r"who.csv exists already"):
         convert("--link-table", "who.csv")
-    assert (archive / "who.csv").read_text() == "mine"
+    assert (archive / "who.csv").read_text(encoding="utf-8") == "mine"
     assert list((archive / "raw").iterdir()) == []
     listed()
     assert sorted(path.name for path in archive.glob("*.csv")) == ["cases.csv", "who.csv"]

@@ -69,7 +69,7 @@ class Trained:
 
     def change(self, file: str, changes: dict[str, Any]) -> None:
         """Change a JSON file of the model."""
-        content = json.loads((self.model / file).read_text())
+        content = json.loads((self.model / file).read_text(encoding="utf-8"))
         (self.model / file).write_text(json.dumps({**content, **changes}))
 
 
@@ -86,7 +86,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with pytest.MonkeyPatch.context() as patch:
         use_folders(patch, root)
         patch.setitem(matplotlib.rcParams, "savefig.dpi", 20)  # nnU-Net draws 16 million pixels an epoch
-        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+        dataset_json = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
         trainer = GASNetTrainer(
             {**plans, "continue_training": False}, "3d_fullres", 0, dataset_json, torch.device("cpu")
         )
@@ -172,8 +172,8 @@ def test_archive_holds_what_nnunet_needs_and_a_card(trained: Trained, out: Path)
     assert "Note: no lesion" not in said
     assert f"nnUNetv2_predict -d {DATASET} -p nnUNetPlans -c 3d_fullres -f 0 -i NEW_CTS -o OUT" in said
     model = install(out / "model.zip", out)
-    plans = json.loads((model / "plans.json").read_text())
-    expected = json.loads((trained.model / "plans.json").read_text())
+    plans = json.loads((model / "plans.json").read_text(encoding="utf-8"))
+    expected = json.loads((trained.model / "plans.json").read_text(encoding="utf-8"))
     del expected["configurations"]["3d_fullres"]["gasnet"]
     assert plans == expected
 
@@ -206,7 +206,7 @@ def test_no_name_of_a_case_patient_machine_or_folder_gets_out(trained: Trained, 
             "gasnet": {"cases": {"labelled_0": {"patient": patient}}},
         },
     )
-    plans = json.loads((trained.model / "plans.json").read_text())
+    plans = json.loads((trained.model / "plans.json").read_text(encoding="utf-8"))
     configurations = plans["configurations"]
     configurations["3d_fullres"]["gasnet"]["init_from"] = f"{folder}/weights.pth"
     configurations["3d_fullres"]["written_on"] = machine
@@ -227,9 +227,9 @@ def test_no_name_of_a_case_patient_machine_or_folder_gets_out(trained: Trained, 
             assert secret not in str(path.relative_to(out))
             assert secret.encode() not in path.read_bytes(), (secret, path.name)
     assert Image.open(model / "fold_0" / "progress.png").getpixel((0, 0)) == (255, 0, 0)
-    fingerprint = json.loads((model / "dataset_fingerprint.json").read_text())
+    fingerprint = json.loads((model / "dataset_fingerprint.json").read_text(encoding="utf-8"))
     assert fingerprint == {"spacings": [[2, 1, 1], [3, 2, 1], [4, 3, 1]]}
-    summary = json.loads((model / "fold_0/validation/summary.json").read_text())
+    summary = json.loads((model / "fold_0/validation/summary.json").read_text(encoding="utf-8"))
     assert summary.keys() == {"foreground_mean", "mean", "metric_per_case"}
     assert summary["metric_per_case"] == []
 
@@ -282,7 +282,7 @@ def test_card_of_other_trainings(trained: Trained) -> None:
     (trained.model / "fold_1" / "debug.json").unlink()
     shutil.rmtree(trained.model / "fold_1" / "validation")
     (trained.model / "fold_1" / "gasnet_progress.csv").write_text("epoch,M_he")
-    plans = json.loads((trained.model / "plans.json").read_text())
+    plans = json.loads((trained.model / "plans.json").read_text(encoding="utf-8"))
     settings = plans["configurations"]["3d_fullres"]["gasnet"]
     settings |= {name: 0.0 for name in settings if name.startswith("weight_")}
     settings |= {"weight_labelled": 1.0, "pasted_share": 0.0}
@@ -311,7 +311,7 @@ def test_best_checkpoint_takes_the_final_ones_name_but_not_its_score(trained: Tr
     model = install(out / "model.zip", out)
     assert torch.equal(checkpoint_of(model)["network_weights"][name], best["network_weights"][name])
     assert not (model / "fold_0/validation").exists()
-    assert "Dice is that of the final checkpoint" in (model / "README.md").read_text()
+    assert "Dice is that of the final checkpoint" in (model / "README.md").read_text(encoding="utf-8")
 
 
 def add_fold(trained: Trained) -> dict[str, Any]:
@@ -378,7 +378,7 @@ def test_nothing_is_written_where_the_models_disagree(
 
 def foreign(trained: Trained) -> None:
     """Let the model's network be one of this module."""
-    plans = json.loads((trained.model / "plans.json").read_text())
+    plans = json.loads((trained.model / "plans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = f"{__name__}.ForeignUNet"
     (trained.model / "plans.json").write_text(json.dumps(plans))
 
@@ -497,7 +497,7 @@ def test_existing_files_are_kept_unless_asked(trained: Trained, out: Path) -> No
     (out / "model.zip").write_text("mine")
     with pytest.raises(UserError, match=r"model\.zip exists\. Replace it with --overwrite"):
         export(out / "model.zip")
-    assert (out / "model.zip").read_text() == "mine"
+    assert (out / "model.zip").read_text(encoding="utf-8") == "mine"
     export(out / "model.zip", "--overwrite")
     assert zipfile.is_zipfile(out / "model.zip")
     for output, message in (
@@ -522,7 +522,7 @@ def test_full_disk_leaves_what_was_there(trained: Trained, out: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, ignored)
     assert names(out) == ["model.zip"]
-    assert (out / "model.zip").read_text() == "mine"
+    assert (out / "model.zip").read_text(encoding="utf-8") == "mine"
 
 
 # ONNX -----------------------------------------------------------------------------------------------------------------
@@ -552,7 +552,7 @@ def predict_by_description(description: Path, ct: Path) -> np.ndarray:
     """The mask of a CT by onnxruntime and the JSON file alone."""
     import onnxruntime
 
-    told = json.loads(description.read_text())
+    told = json.loads(description.read_text(encoding="utf-8"))
     before = {step["step"]: step for step in told["preprocessing"]}
     after = {step["step"]: step for step in told["postprocessing"]}
     assert list(before) == ["read", "transpose", "crop", "normalise", "resample", "pad"]
@@ -656,7 +656,7 @@ def test_existing_onnx_files_are_kept(trained: Trained, out: Path) -> None:
         (out / name).write_text("mine")
         with pytest.raises(UserError, match=rf"{name} exists"):
             export(out / "model.onnx", "--onnx")
-        assert (out / name).read_text() == "mine"
+        assert (out / name).read_text(encoding="utf-8") == "mine"
 
 
 def test_onnx_is_an_extra(trained: Trained, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_makes_a_dataset_that_nnunet_accepts(folders: Path) -> None:
     output = convert(*BASIC, "--test", "test", "testmask")
     assert "1 labelled, 2 diseased, 2 healthy, 1 test" in output
     assert "gasnet-nnunet plan -d 7" in output
-    dataset = json.loads((raw(folders) / "dataset.json").read_text())
+    dataset = json.loads((raw(folders) / "dataset.json").read_text(encoding="utf-8"))
     assert dataset == {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, "lesion": 1, "ignore": 2},
@@ -132,7 +132,7 @@ def test_report_shows_every_case_and_what_is_odd(folders: Path) -> None:
     save(folders / "ill" / "p2.nii.gz", padded, direction=(1, 0, 0, 0, 1, 0, 0, 0, -1))
     output = convert(*BASIC, "--test", "test", "testmask")
     assert "conversion_report.html" in output
-    report = json.loads((raw(folders) / "conversion_report.json").read_text())
+    report = json.loads((raw(folders) / "conversion_report.json").read_text(encoding="utf-8"))
     assert report["counts"] == {"diseased": 2, "healthy": 2, "labelled": 1, "test": 1}
     cases = {case["case"]: case for case in report["cases"]}
     assert cases["p1"]["spacing"] == [2.0, 1.0, 1.0]
@@ -146,7 +146,7 @@ def test_report_shows_every_case_and_what_is_odd(folders: Path) -> None:
         "padding of -2048 (17% of the voxels)",
         few,
     ]
-    page = (raw(folders) / "conversion_report.html").read_text()
+    page = (raw(folders) / "conversion_report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 1 + len(cases)
     assert "://" not in page
     assert all(case in page for case in cases)
@@ -166,7 +166,7 @@ def test_test_refuses_three_folders(folders: Path) -> None:
 
 def test_diseased_may_be_left_out(folders: Path) -> None:
     convert("--labelled", "lab", "mask", "--healthy", "well")
-    assert json.loads((raw(folders) / "dataset.json").read_text())["numTraining"] == 3
+    assert json.loads((raw(folders) / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == 3
 
 
 def test_other_formats_names_and_companions(folders: Path) -> None:
@@ -221,7 +221,7 @@ def test_fractions_are_kept(folders: Path) -> None:
 def test_several_classes_are_kept(folders: Path) -> None:
     save(folders / "mask" / "p1.nii.gz", mask(1, 2))
     convert(*BASIC)
-    labels = json.loads((raw(folders) / "dataset.json").read_text())["labels"]
+    labels = json.loads((raw(folders) / "dataset.json").read_text(encoding="utf-8"))["labels"]
     assert labels == {"background": 0, "lesion_1": 1, "lesion_2": 2, "ignore": 3}
     assert read_volume(raw(folders) / "labelsTr" / "p2.nii.gz")[0].max() == 3
 
@@ -474,7 +474,7 @@ def test_extend_adds_cases_and_the_ignore_label(plain: Path) -> None:
     assert "Added 2 diseased and 2 healthy cases" in output
     assert "the label 'ignore' (3) was added" in output
     assert "gasnet-nnunet plan -d 7" in output
-    dataset = json.loads((plain / "dataset.json").read_text())
+    dataset = json.loads((plain / "dataset.json").read_text(encoding="utf-8"))
     assert dataset["labels"] == {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     assert dataset["numTraining"] == 6
     assert dataset["licence"] == "mine"
@@ -487,7 +487,7 @@ def test_extend_adds_cases_and_the_ignore_label(plain: Path) -> None:
 
 def test_extend_with_healthy_cases_needs_no_ignore_label(plain: Path) -> None:
     run("extend", "-d", "Dataset007_Lungs", "--healthy", "well")
-    assert "ignore" not in json.loads((plain / "dataset.json").read_text())["labels"]
+    assert "ignore" not in json.loads((plain / "dataset.json").read_text(encoding="utf-8"))["labels"]
 
 
 def test_extend_tells_what_is_stale(plain: Path) -> None:
@@ -496,7 +496,7 @@ def test_extend_tells_what_is_stale(plain: Path) -> None:
 
 
 def test_extend_takes_several_channels(plain: Path, folders: Path) -> None:
-    dataset = json.loads((plain / "dataset.json").read_text())
+    dataset = json.loads((plain / "dataset.json").read_text(encoding="utf-8"))
     dataset["channel_names"] = {"0": "T1", "1": "T2"}
     (plain / "dataset.json").write_text(json.dumps(dataset))
     for case in ("a", "b"):
@@ -513,13 +513,13 @@ def test_extend_takes_several_channels(plain: Path, folders: Path) -> None:
 
 
 def test_extend_keeps_explicit_file_lists(plain: Path) -> None:
-    dataset = json.loads((plain / "dataset.json").read_text())
+    dataset = json.loads((plain / "dataset.json").read_text(encoding="utf-8"))
     dataset["dataset"] = {
         case: {"images": [f"imagesTr/{case}_0000.nrrd"], "label": f"labelsTr/{case}.nrrd"} for case in ("a", "b")
     }
     (plain / "dataset.json").write_text(json.dumps(dataset))
     run("extend", "-d", "7", "--healthy", "well")
-    after = json.loads((plain / "dataset.json").read_text())
+    after = json.loads((plain / "dataset.json").read_text(encoding="utf-8"))
     assert after["dataset"]["a"] == dataset["dataset"]["a"]
     assert after["dataset"]["h2"] == {"images": ["imagesTr/h2_0000.nrrd"], "label": "labelsTr/h2.nrrd"}
 
@@ -550,7 +550,11 @@ def test_extend_rescales_and_refuses_other_formats(plain: Path, folders: Path) -
     save(folders / "grey" / "g.nii.gz", ct(80).clip(0, 255).astype(np.uint8))
     run("extend", "-d", "7", "--healthy", "grey", "--rescale", "0", "255", "-1250", "250")
     assert read_volume(plain / "imagesTr" / "g_0000.nrrd")[0].min() == -1250
-    dataset = {**json.loads((plain / "dataset.json").read_text()), "file_ending": ".tif", "numTraining": 1}
+    dataset = {
+        **json.loads((plain / "dataset.json").read_text(encoding="utf-8")),
+        "file_ending": ".tif",
+        "numTraining": 1,
+    }
     (plain / "imagesTr" / "z_0000.tif").write_text("")
     (plain / "dataset.json").write_text(json.dumps(dataset))
     with pytest.raises(UserError, match=r"consists of .tif files"):

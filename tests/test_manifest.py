@@ -106,10 +106,10 @@ def test_a_manifest_adds_to_folders(base: Path) -> None:
     np.testing.assert_array_equal(read_volume(raw / "imagesTr" / "h7_0000.nii.gz")[0], ct(4))
     assert (raw / "hiddenTr" / "second.nii.gz").is_file(), "kept aside for scoring"
     assert (raw / "labelsTs" / "p_4.nii.gz").is_file()
-    cases = json.loads((raw / "dataset.json").read_text())["gasnet"]["cases"]
+    cases = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["gasnet"]["cases"]
     assert cases == {"p1": {"Severity": "CT-2", "patient": "pa"}, "second": {"patient": "pb"}}
     # JSON knows no NaN, which pandas makes of what one case has and another has not.
-    report = json.loads((raw / "conversion_report.json").read_text(), parse_constant=pytest.fail)
+    report = json.loads((raw / "conversion_report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert ["Severity" in case for case in report["cases"] if case["case"] in ("p1", "second")] == [True, False]
 
 

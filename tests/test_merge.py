@@ -57,7 +57,7 @@ def merge(*words: str) -> str:
 
 def kinds(raw: Path) -> tuple[list[str], list[str], list[str]]:
     folder = raw / "Dataset600_All"
-    cohort = read_cohort(folder / "labelsTr", json.loads((folder / "dataset.json").read_text()))
+    cohort = read_cohort(folder / "labelsTr", json.loads((folder / "dataset.json").read_text(encoding="utf-8")))
     return cohort.labelled, cohort.diseased, cohort.healthy
 
 
@@ -67,7 +67,7 @@ def test_everything_is_taken_along(two: Path) -> None:
     assert "1 names of cases occur in several datasets" in output
     merged = two / "Dataset600_All"
     assert kinds(two) == (["501_A_c1", "502_D_c1", "c2"], ["d2"], ["h3"])
-    assert json.loads((merged / "dataset.json").read_text())["labels"] == LESION
+    assert json.loads((merged / "dataset.json").read_text(encoding="utf-8"))["labels"] == LESION
     verify_dataset_integrity(str(merged), num_processes=1)
     for folder, case, name in (
         ("Dataset501_A", "c1", "501_A_c1"),
@@ -95,7 +95,9 @@ def test_volume_level_data_gives_up_its_masks(two: Path) -> None:
 
 def test_what_dataset_json_says_of_a_case_counts(two: Path) -> None:
     path = two / "Dataset501_A" / "dataset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "gasnet": {"cohort": {"c2": "diseased"}}}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gasnet": {"cohort": {"c2": "diseased"}}})
+    )
     merge("-d", "501", "502")
     assert kinds(two) == (["501_A_c1", "502_D_c1"], ["c2", "d2"], ["h3"])
     np.testing.assert_array_equal(values(two / "Dataset600_All" / "hiddenTr" / "c2.nii.gz"), mask(0, 1))
@@ -111,7 +113,7 @@ def test_labels_that_differ_are_refused_or_joined(two: Path) -> None:
         merge("-d", "501", "503")
     assert "no healthy case" in merge("-d", "501", "503", "--lesion-classes", "1")
     merged = two / "Dataset600_All"
-    assert json.loads((merged / "dataset.json").read_text())["labels"] == LESION
+    assert json.loads((merged / "dataset.json").read_text(encoding="utf-8"))["labels"] == LESION
     np.testing.assert_array_equal(values(merged / "labelsTr" / "b1.nii.gz"), mask(1, 1, 0, 2))
 
 
@@ -122,7 +124,7 @@ def test_several_classes_stay_apart_where_all_datasets_have_them(raw: Path) -> N
     merge("-d", "501", "502")
     merged = raw / "Dataset600_All"
     # No mask holds a 2: the datasets declare it all the same.
-    assert json.loads((merged / "dataset.json").read_text())["labels"] == {**labels, "ignore": 3}
+    assert json.loads((merged / "dataset.json").read_text(encoding="utf-8"))["labels"] == {**labels, "ignore": 3}
     np.testing.assert_array_equal(values(merged / "labelsTr" / "b1.nii.gz"), mask(0, 1, 3))
     np.testing.assert_array_equal(values(merged / "labelsTr" / "d2.nii.gz"), np.full(SHAPE, 3))
 
@@ -169,7 +171,7 @@ def test_a_dataset_is_not_merged_into_itself(two: Path) -> None:
 
 def test_a_patient_is_not_trained_and_tested_on(two: Path) -> None:
     path = two / "Dataset502_D" / "dataset.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["gasnet"]["cases"]["d2"] = {"patient": "p1"}
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="The patient 'Dataset502_D: p1' is both in training"):

@@ -86,7 +86,7 @@ def main(our_place, nnunet_place, user_folder, model_folder):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     model = Path(model_folder)
-    plans = PlansManager(json.loads((model / "plans.json").read_text()))
+    plans = PlansManager(json.loads((model / "plans.json").read_text(encoding="utf-8")))
     network = vanilla.build_network_architecture(plans, plans.get_configuration("3d_fullres"), 1, 2, False)
     checkpoint = {"trainer_name": "GASNetTrainer", "init_args": {"configuration": "3d_fullres"}}
     torch.save({**checkpoint, "network_weights": network.state_dict()}, model / "fold_0" / "checkpoint_final.pth")

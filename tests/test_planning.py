@@ -54,7 +54,7 @@ def write(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = S
 
 
 def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def planned(planned_once: tuple[Path, Planned], tmp_path: Path, monkeypatch: pyt
 
 
 def plans_of(folder: Path, name: str = "GASNetPlans") -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "preprocessed" / NAME / f"{name}.json").read_text())
+    content: dict[str, Any] = json.loads((folder / "preprocessed" / NAME / f"{name}.json").read_text(encoding="utf-8"))
     return content
 
 
@@ -219,7 +219,12 @@ def test_broken_scan_is_named_and_the_others_are_not_measured_again(raw: Path) -
     with pytest.raises(UserError, match=r"d_0000\.nii\.gz"):
         measure_dataset(dataset, "lungs")
 
-    assert sorted(json.loads((dataset.preprocessed / GEOMETRY_CACHE).read_text())) == ["a", "b", "c", "e"]
+    assert sorted(json.loads((dataset.preprocessed / GEOMETRY_CACHE).read_text(encoding="utf-8"))) == [
+        "a",
+        "b",
+        "c",
+        "e",
+    ]
 
 
 def test_truncated_scan_is_named(raw: Path) -> None:
@@ -291,7 +296,7 @@ def test_split_without_a_mask_is_refused_before_measuring(nnunet: Path) -> None:
     with pytest.raises(UserError, match="no case with a mask in 'train'"):
         make_plans("801", SMALL, SETTINGS)
 
-    assert json.loads(split.read_text()) == [{"train": ["b", "d"], "val": ["a"]}]
+    assert json.loads(split.read_text(encoding="utf-8")) == [{"train": ["b", "d"], "val": ["a"]}]
     assert not (split.parent / GEOMETRY_CACHE).exists()
 
 
@@ -431,7 +436,7 @@ def test_masks_of_the_lungs_are_made_for_every_case(planned: Path) -> None:
 
 
 def test_split_is_label_aware(planned: Path) -> None:
-    splits = json.loads((planned / "preprocessed" / NAME / "splits_final.json").read_text())
+    splits = json.loads((planned / "preprocessed" / NAME / "splits_final.json").read_text(encoding="utf-8"))
 
     assert [fold["train"] for fold in splits] == [["a"]]
     assert sorted(splits[0]["healthy"] + splits[0]["val_healthy"]) == ["d", "e"]
@@ -453,7 +458,7 @@ def test_replanning_keeps_split_configurations_and_data(planned: Path) -> None:
     assert configurations["mine"] == {"inherits_from": "3d_fullres", "batch_size": 7}
     assert configurations["3d_fullres"]["batch_size"] == 3
     assert configurations["3d_fullres"]["gasnet"]["num_epochs"] == 5
-    assert json.loads((folder / "splits_final.json").read_text()) == split
+    assert json.loads((folder / "splits_final.json").read_text(encoding="utf-8")) == split
     assert not result.splits_are_ours
     assert result.unused == "c, e"
     assert not ran
@@ -567,7 +572,7 @@ def checkpoint(planned: Path, tmp_path: Path) -> Path:
         "init_args": {
             "plans": plans,
             "configuration": "3d_fullres",
-            "dataset_json": json.loads((planned / "raw" / NAME / "dataset.json").read_text()),
+            "dataset_json": json.loads((planned / "raw" / NAME / "dataset.json").read_text(encoding="utf-8")),
         },
         "gasnet": {"adversary": {"generator": {}, "discriminator": {}}},
     }
@@ -652,7 +657,7 @@ def test_other_modality_keeps_nnunets_normalisation(planned: Path) -> None:
         "801", PlanningChoices(patch_size=(24, 64, 64), base_features=4), SETTINGS.replace(organ="volume")
     )
 
-    fingerprint = json.loads((planned / "preprocessed" / NAME / "dataset_fingerprint.json").read_text())
+    fingerprint = json.loads((planned / "preprocessed" / NAME / "dataset_fingerprint.json").read_text(encoding="utf-8"))
     assert result.configuration["normalization_schemes"] == ["ZScoreNormalization"]
     assert (
         result.plans["foreground_intensity_properties_per_channel"]

@@ -78,7 +78,9 @@ def values(path: Path) -> NDArray[Any]:
 
 
 def details(dataset: Path) -> dict[str, dict[str, Any]]:
-    content: dict[str, dict[str, Any]] = json.loads((dataset / "dataset.json").read_text())["gasnet"]["cases"]
+    content: dict[str, dict[str, Any]] = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))["gasnet"][
+        "cases"
+    ]
     return content
 
 
@@ -142,7 +144,7 @@ def test_covid19_ct_seg_as_published(raw: Path, root: Path, published: Any) -> N
     assert details(dataset)["coronacases_010"] == {"subset": 1, "patient": "coronacases_010"}
     assert details(dataset)["radiopaedia_7_85703_0"] == {"subset": 2, "patient": "radiopaedia_7"}
     assert details(dataset).keys() == set(CASES)
-    report = json.loads((dataset / "conversion_report.json").read_text())
+    report = json.loads((dataset / "conversion_report.json").read_text(encoding="utf-8"))
     assert any("mapped from 0..255" in remark for remark in report["remarks"])
 
 
@@ -292,7 +294,11 @@ def test_medseg_makes_one_class_of_ground_glass_and_consolidation(raw: Path, roo
     assert "ground glass and consolidation became one lesion class, effusion background." in output
     assert "there is no healthy case" in output
     dataset = raw / "Dataset502_B"
-    assert json.loads((dataset / "dataset.json").read_text())["labels"] == {"background": 0, "lesion": 1, "ignore": 2}
+    assert json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))["labels"] == {
+        "background": 0,
+        "lesion": 1,
+        "ignore": 2,
+    }
     for folder, number in (("hiddenTr", 4), ("labelsTs", 3)):
         assert len(names(dataset / folder)) == number
         for name in names(dataset / folder):
@@ -315,7 +321,7 @@ def test_medseg_classes_apart_are_declared_even_if_one_does_not_occur(raw: Path,
         "--classes-apart",
     )
     dataset = raw / "Dataset502_B"
-    labels = json.loads((dataset / "dataset.json").read_text())["labels"]
+    labels = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))["labels"]
     assert labels == {"background": 0, "ground_glass": 1, "consolidation": 2, "effusion": 3, "ignore": 4}
     np.testing.assert_array_equal(values(dataset / "labelsTr" / "medseg_9.nii.gz"), mask(2, 1))
     np.testing.assert_array_equal(values(dataset / "labelsTr" / "medseg_1.nii.gz"), np.full(SHAPE, 4))
@@ -359,7 +365,7 @@ def test_mosmed_as_published(raw: Path, root: Path) -> None:
     np.testing.assert_array_equal(values(dataset / "labelsTr" / "study_1109.nii.gz"), np.full(SHAPE, 2))
     found = {case: known["severity"] for case, known in details(dataset).items()}
     assert [found[f"study_{number:04d}"] for number in (1, 255, 939, 1064, 1109)] == [f"CT-{n}" for n in range(5)]
-    report = json.loads((dataset / "conversion_report.json").read_text())
+    report = json.loads((dataset / "conversion_report.json").read_text(encoding="utf-8"))
     assert [oddity for oddity in report["oddities"] if oddity.startswith("padding of -2048")]
 
 
@@ -376,7 +382,7 @@ def test_mosmed_without_masks_is_volume_level_data(raw: Path, root: Path) -> Non
     output = run("convert", "mosmed", "--id", "503", "--name", "CD", "--in", str(root))
     assert "0 labelled, 7 diseased, 3 healthy, 0 test" in output
     assert "no case has a mask, and training needs one. Join a dataset that has some" in output
-    labels = json.loads((raw / "Dataset503_CD" / "dataset.json").read_text())["labels"]
+    labels = json.loads((raw / "Dataset503_CD" / "dataset.json").read_text(encoding="utf-8"))["labels"]
     assert labels == {"background": 0, "lesion": 1, "ignore": 2}, "those of the datasets it is to be merged with"
 
 
@@ -416,10 +422,10 @@ def test_mosmed_refuses(raw: Path, root: Path, spoil: str, message: str) -> None
 def test_an_existing_dataset_is_kept_unless_told_otherwise(raw: Path, root: Path) -> None:
     words = ["convert", "covid19-ct-seg", "--id", "501", "--name", "A", "--in", str(zenodo(root, CASES[:2]))]
     run(*words)
-    first = (raw / "Dataset501_A" / "dataset.json").read_text()
+    first = (raw / "Dataset501_A" / "dataset.json").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="Dataset501_A exists already"):
         run(*words, "--labelled", "1")
-    assert (raw / "Dataset501_A" / "dataset.json").read_text() == first
+    assert (raw / "Dataset501_A" / "dataset.json").read_text(encoding="utf-8") == first
     assert "1 labelled, 1 diseased" in run(*words, "--labelled", "1", "--overwrite")
 
 

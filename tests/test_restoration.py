@@ -92,7 +92,7 @@ def test_everything_of_a_case_is_written(done: Path) -> None:
     np.testing.assert_array_equal(read(out / "diseased_7_difference.nii.gz"), values - restored)
     sure = np.abs(probability - 0.5) > 1e-3
     np.testing.assert_array_equal((read(out / "diseased_7.nii.gz") > 0)[sure], (probability > 0.5)[sure])
-    content = json.loads((out / "burden.json").read_text())
+    content = json.loads((out / "burden.json").read_text(encoding="utf-8"))
     assert content["model"]["Model"] == "GASNetTrainer__nnUNetPlans__3d_fullres"
     burden = content["cases"]["diseased_7"]
     voxel_ml = np.prod(tiny_dataset.SPACING) / 1000
@@ -104,8 +104,8 @@ def test_everything_of_a_case_is_written(done: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == ["diseased_7", "healthy_7"]
     assert float(rows[0]["lesion_ml"]) == pytest.approx(burden["lesion_ml"], abs=1e-4)
-    assert "diseased_7_report.html" in (out / "report.html").read_text()
-    page = (out / "diseased_7_report.html").read_text()
+    assert "diseased_7_report.html" in (out / "report.html").read_text(encoding="utf-8")
+    page = (out / "diseased_7_report.html").read_text(encoding="utf-8")
     for name, value in {**content["model"], "Restored from M^": "0.05"}.items():
         assert f'<th scope="row">{name}</th><td class="left">{value}</td>' in page
 
@@ -155,7 +155,10 @@ def test_index_lists_what_was_done_before_and_a_lost_one_is_told(copied: Path, m
     out = copied / "out"
     command = ("-i", copied / "in" / "healthy_7.nrrd", "-o", out, "-m", model)
     assert run(*command)[0] == ""
-    assert all(f"{case}_report.html" in (out / "report.html").read_text() for case in ("diseased_7", "healthy_7"))
+    assert all(
+        f"{case}_report.html" in (out / "report.html").read_text(encoding="utf-8")
+        for case in ("diseased_7", "healthy_7")
+    )
     (out / "report.html").unlink()
     (out / "report.html").mkdir()
     problem, printed = run(*command)
@@ -202,7 +205,7 @@ def test_broken_cts_do_not_stop_the_others(model: Path, tmp_path: Path) -> None:
     assert "d: The CT is 0 throughout" in problem
     assert "1 done, 0 kept, 3 failed (a, b, d)." in printed
     assert names(out) == {"burden.csv", "burden.json", "report.html", *files_of("ok_2024")}
-    assert "damaged or incomplete" in (out / "report.html").read_text()
+    assert "damaged or incomplete" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_ct_without_lungs_is_told_of_every_time(model: Path, tmp_path: Path) -> None:
@@ -213,7 +216,7 @@ def test_ct_without_lungs_is_told_of_every_time(model: Path, tmp_path: Path) -> 
         problem, printed = run("-i", tmp_path / "knee.nii.gz", "-o", tmp_path / "out", "-m", model)
         assert problem.startswith("knee: no lungs were found in it")
         assert f"1 {state}" in printed
-    burden = json.loads((tmp_path / "out" / "burden.json").read_text())["cases"]["knee"]
+    burden = json.loads((tmp_path / "out" / "burden.json").read_text(encoding="utf-8"))["cases"]["knee"]
     assert burden["lesion_percent"] is None
     assert burden["lesion_ml"] > 0
 
@@ -227,7 +230,7 @@ def test_lung_masks_of_the_user_win(model: Path, tmp_path: Path) -> None:
     assert run(*command, tmp_path / "lungs")[0] == ""
     assert names(tmp_path / "out") == {"burden.csv", "burden.json", *files_of("ct")} - {"ct_report.html"}
     found = read(tmp_path / "out" / "ct.nii.gz") > 0
-    burden = json.loads((tmp_path / "out" / "burden.json").read_text())["cases"]["ct"]
+    burden = json.loads((tmp_path / "out" / "burden.json").read_text(encoding="utf-8"))["cases"]["ct"]
     lung_ml = np.array([(mask > 0).sum(), ((mask > 0) | found).sum()]) * np.prod(tiny_dataset.SPACING) / 1000
     assert lung_ml[0] <= burden["lung_ml"] <= lung_ml[1]
     assert "none named like a case" not in run(*command, tmp_path / "lungs")[0]

@@ -184,7 +184,7 @@ def test_nnunet_trains_it_and_predicts_with_it(
     configuration = {**plans["configurations"]["3d_fullres"], "architecture": ANISOTROPIC}
     plans["configurations"]["3d_fullres"] = apply_segmenter(configuration, segmenter)
     plans["continue_training"] = False
-    dataset_json = json.loads((preprocessed / "preprocessed" / DATASET / "dataset.json").read_text())
+    dataset_json = json.loads((preprocessed / "preprocessed" / DATASET / "dataset.json").read_text(encoding="utf-8"))
     trainer = GASNetTrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
     trainer.on_train_start()
     before = copy.deepcopy(trainer.network.state_dict())

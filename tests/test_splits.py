@@ -85,10 +85,10 @@ def test_written_splits_are_read_back(tmp_path: Path) -> None:
 def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     path = save(tmp_path / "splits_final.json", [{"train": ["mine"], "val": ["mine"]}])
     assert not write_splits(path, make_splits(cohort_of(3, 6, 6)))
-    assert "mine" in path.read_text()
+    assert "mine" in path.read_text(encoding="utf-8")
     path.write_text("no JSON at all")
     assert not write_splits(path, make_splits(cohort_of(3, 6, 6)))
-    assert path.read_text() == "no JSON at all"
+    assert path.read_text(encoding="utf-8") == "no JSON at all"
     path.unlink()
     assert write_splits(path, make_splits(cohort_of(3, 6, 6)))
     assert write_splits(path, make_splits(cohort_of(3, 6, 6))), "the same splits again are no conflict"
@@ -328,22 +328,24 @@ def run(*words: str) -> str:
 def test_command_writes_a_split_by_patient_before_planning(raw: Path, nnunet_folders: Path) -> None:
     output = run()
     path = nnunet_folders / "preprocessed" / "Dataset007_Tiny" / "splits_final.json"
-    folds = json.loads(path.read_text())
+    folds = json.loads(path.read_text(encoding="utf-8"))
     assert len(folds) == 3
     assert [fold["val"] for fold in folds].count(["labelled_0", "labelled_1"]) == 1
     assert "the patients of 2 of 10 cases" in output
     assert "-f 0 1 2" in output
     assert "gasnet-nnunet plan -d 7" in output
     assert str(path) in output
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     assert str(path) in run(), "the same split again is no conflict"
-    assert path.read_text() == content
+    assert path.read_text(encoding="utf-8") == content
 
 
 def test_command_repeats_with_other_masks_and_says_what_nnunet_wants(raw: Path, nnunet_folders: Path) -> None:
     output = run("--labelled", "1", "--repeats", "2")
     assert "want each case validated in one fold only" in output
-    folds = json.loads((nnunet_folders / "preprocessed" / "Dataset007_Tiny" / "splits_final.json").read_text())
+    folds = json.loads(
+        (nnunet_folders / "preprocessed" / "Dataset007_Tiny" / "splits_final.json").read_text(encoding="utf-8")
+    )
     assert [len(fold["train"]) for fold in folds] == [1, 1]
     assert folds[0]["val"] == folds[1]["val"]
 
@@ -352,16 +354,16 @@ def test_command_keeps_an_existing_split(raw: Path, nnunet_folders: Path) -> Non
     run()
     folder = nnunet_folders / "preprocessed" / "Dataset007_Tiny"
     path = folder / "splits_final.json"
-    first = path.read_text()
+    first = path.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="exists already and is another split"):
         run("--folds", "2")
-    assert path.read_text() == first
+    assert path.read_text(encoding="utf-8") == first
     assert f"is now {path}.old." in run("--folds", "2", "--overwrite")
-    second = path.read_text()
-    assert (folder / "splits_final.json.old").read_text() == first
+    second = path.read_text(encoding="utf-8")
+    assert (folder / "splits_final.json.old").read_text(encoding="utf-8") == first
     run("--seed", "3", "--overwrite")
-    assert (folder / "splits_final.json.old").read_text() == first
-    assert (folder / "splits_final.json.old.2").read_text() == second
+    assert (folder / "splits_final.json.old").read_text(encoding="utf-8") == first
+    assert (folder / "splits_final.json.old.2").read_text(encoding="utf-8") == second
 
 
 def test_command_minds_trained_models(raw: Path, nnunet_folders: Path) -> None:
@@ -384,7 +386,7 @@ def test_command_works_where_only_preprocessed_data_are_left(raw: Path, nnunet_f
     (folder / "GASNetPlans.json").touch()
     shutil.rmtree(raw)
     assert "nnUNetv2_train 7 3d_fullres 0 -tr GASNetTrainer" in run("--folds", "2")
-    assert len(json.loads((folder / "splits_final.json").read_text())) == 2
+    assert len(json.loads((folder / "splits_final.json").read_text(encoding="utf-8"))) == 2
 
 
 def test_command_notices_cases_that_were_added_since_planning(raw: Path, nnunet_folders: Path) -> None:
@@ -415,7 +417,7 @@ def test_command_names_a_split_in_the_raw_folder(raw: Path) -> None:
 
 
 def test_patients_must_stand_in_the_details_of_cases(raw: Path) -> None:
-    content = json.loads((raw / "dataset.json").read_text())
+    content = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     content["gasnet"]["cases"] = {"labelled_0": "x"}
     (raw / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="must have"):

@@ -165,14 +165,17 @@ def test_done_means_with_these_settings_and_whole(crashed: tuple[Path, set[str],
 
 def test_folds_keep_their_numbers(crashed: tuple[Path, set[str], set[str]]) -> None:
     out, _, _ = crashed
-    content = json.loads((out / "folds.json").read_text())
+    content = json.loads((out / "folds.json").read_text(encoding="utf-8"))
     workspace = opened(out)
     number = run_of(workspace, "supervised").number
     more = workspace.study.model_copy(update={"masks": (1, 2), "repeats": 2, "seed": 12345})
     again = Workspace(more, out, workspace.dataset)
     again.write()
     try:
-        assert json.loads((out / "folds.json").read_text())["folds"][: len(content["folds"])] == content["folds"]
+        assert (
+            json.loads((out / "folds.json").read_text(encoding="utf-8"))["folds"][: len(content["folds"])]
+            == content["folds"]
+        )
         same = next(run for run in again.runs if run.deal.train == run_of(workspace, "supervised").deal.train)
         assert same.number == number
     finally:
@@ -253,7 +256,7 @@ def test_planning_that_was_interrupted_is_done_again(
     plans = folders / "preprocessed" / DATASET / "Mine.json"
     with pytest.raises(KeyboardInterrupt):
         prepare(loaded, tmp_path / "out", Console(quiet=True))
-    plans.write_text((plans.parent / "GASNetPlans.json").read_text())
+    plans.write_text((plans.parent / "GASNetPlans.json").read_text(encoding="utf-8"))
     interrupted = False
     try:
         for _ in range(2):
@@ -329,7 +332,7 @@ def test_predictions_become_masks_but_for_empty_ones(folders: Path, tmp_path: Pa
 
     label_dataset(workspace, run, folder, "rounds-round1", preprocess)
     made = folder / "nnUNet_preprocessed" / DATASET
-    cohort = read_cohort(made / "gt_segmentations", json.loads((made / "dataset.json").read_text()))
+    cohort = read_cohort(made / "gt_segmentations", json.loads((made / "dataset.json").read_text(encoding="utf-8")))
     fold = read_fold(made / "splits_final.json", run.number, cohort)
     assert set(fold.train) == {*run.deal.train, *others}
     assert fold.diseased == (empty,)
@@ -353,7 +356,7 @@ def test_an_epoch_that_was_run_again_counts_once(tmp_path: Path) -> None:
 def test_nnunets_own_trainer_takes_its_length_from_the_plans(folders: Path) -> None:
     from gasnet_nnunet.trainers import VanillaTrainer
 
-    plans = json.loads((folders / "preprocessed" / DATASET / "GASNetPlans.json").read_text())
+    plans = json.loads((folders / "preprocessed" / DATASET / "GASNetPlans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["gasnet"].update(num_epochs=7, iterations_per_epoch=3)
     plans["continue_training"] = False
     trainer = VanillaTrainer(plans, "3d_fullres", 0, tiny_dataset.DATASET_JSON, torch.device("cpu"))
@@ -387,7 +390,7 @@ def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> No
     preprocessed = (
         out / "pseudo_labels" / "rounds" / "masks1_repeat0_fold0" / "round1" / "nnUNet_preprocessed" / DATASET
     )
-    fold = json.loads((preprocessed / "splits_final.json").read_text())[number]
+    fold = json.loads((preprocessed / "splits_final.json").read_text(encoding="utf-8"))[number]
     labelled = set(fold["train"])
     assert labelled >= set(run_of(workspace, "rounds").deal.train)
     assert labelled | set(fold["diseased"]) == {*run_of(workspace, "rounds").deal.diseased, *fold["val"]}
@@ -417,7 +420,7 @@ def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None
     content = record_of(workspace, run).content
     assert content["state"] == "done"
     assert content["steps"]["train"]["attempts"] == 2
-    assert " --c" in (out / "logs" / "gasnet" / run.deal.name / "train.txt").read_text()
+    assert " --c" in (out / "logs" / "gasnet" / run.deal.name / "train.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -428,7 +431,7 @@ def test_jobs_of_a_cluster(folders: Path) -> None:
     out = folders / "cluster"
     load_study(write_study(folders / "files4", arms={"supervised": ARMS["supervised"]}, device="cpu"))
     out.mkdir()
-    (out / "study.yaml").write_text(Path(folders / "files4" / "study.yaml").read_text())
+    (out / "study.yaml").write_text(Path(folders / "files4" / "study.yaml").read_text(encoding="utf-8"))
     workspace = opened(out)
     assert len(submit(workspace, workspace.runs, cluster="local")) == 1
     end = time.monotonic() + 300

@@ -155,10 +155,10 @@ def build(
 ) -> Any:
     """A trainer as nnU-Net's `get_trainer_from_args` makes it."""
     preprocessed = root / "preprocessed" / DATASET
-    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["gasnet"].update(LAYOUTS[layout].settings, **settings)
     plans["continue_training"] = continue_training
-    dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+    dataset_json = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
     return trainer_class(plans, "3d_fullres", fold, dataset_json, CPU)  # type: ignore[arg-type]
 
 
@@ -207,7 +207,7 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
 
 
 def log_of(trainer: Any) -> str:
-    return Path(trainer.log_file).read_text()
+    return Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 # What it learns -------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ ADDED = {
 
 def documented_ablations() -> dict[str, list[str]]:
     """The rows of the table in docs/train.md."""
-    text = (Path(__file__).parents[1] / "docs" / "train.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "train.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (none|\+ \w+) \| (?:`(.*)`|\(all on\)) \|$", text, flags=re.MULTILINE)
     return {name: words.split() for name, words in rows}
 
@@ -566,7 +566,7 @@ def test_external_loggers_receive_every_value(finished: Finished) -> None:
 
 
 def test_debug_information_is_written(finished: Finished) -> None:
-    debug = json.loads((finished.folder / "debug.json").read_text())
+    debug = json.loads((finished.folder / "debug.json").read_text(encoding="utf-8"))
     assert debug["settings"].startswith("GASNetSettings(num_epochs=3")
     assert "generator" in debug["adversary"]
 
@@ -600,7 +600,10 @@ def test_checkpoint_holds_nnunets_keys_and_one_of_ours(finished: Finished) -> No
     }
     stored = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["gasnet"]
     assert stored == trainer.settings.to_dict()
-    assert json.loads((finished.folder.parent / "plans.json").read_text()) == checkpoint["init_args"]["plans"]
+    assert (
+        json.loads((finished.folder.parent / "plans.json").read_text(encoding="utf-8"))
+        == checkpoint["init_args"]["plans"]
+    )
 
 
 def test_nothing_temporary_is_left(finished: Finished) -> None:

@@ -96,14 +96,16 @@ def test_baseline_is_shown_without_g_and_d(trained_fold: Path) -> None:
 
 def test_training_on_one_mask_warns(fold: Path) -> None:
     log = next(fold.glob("training_log_*.txt"))
-    log.write_text(f"{log.read_text()}\n2026-01-01: WARNING: a: THE SAME MASK. The <Dice> says nothing. \n")
+    log.write_text(
+        f"{log.read_text(encoding='utf-8')}\n2026-01-01: WARNING: a: THE SAME MASK. The <Dice> says nothing. \n"
+    )
     assert read_log(fold).warnings == ("a: THE SAME MASK. The <Dice> says nothing.",)
     assert "The <Dice> says nothing." in text_of(write_training_report(fold))
 
 
 def test_settings_are_those_of_the_last_start(fold: Path) -> None:
     log = next(fold.glob("training_log_*.txt"))
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     assert read_log(fold).settings == GASNetSettings.from_dict(read_log(fold).settings).to_dict()
     log.with_name("training_log_2100_1_1_00_00_00.txt").write_text(text.replace("'seed': 1,", "'seed': 7,"))
     log.with_name("training_log_2100_1_2_00_00_00.txt").write_text("--val writes a log, too")
@@ -163,7 +165,7 @@ def test_training_in_its_first_epoch_has_no_curves_yet(fold: Path) -> None:
 
 
 def test_cases_stand_best_to_worst(fold: Path) -> None:
-    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    summary = json.loads((fold / "validation" / "summary.json").read_text(encoding="utf-8"))
     (only,) = summary["metric_per_case"]
 
     def entry(name: str, dice: float, **counts: int) -> dict[str, Any]:

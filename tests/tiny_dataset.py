@@ -155,7 +155,7 @@ def preprocess(raw: Path, preprocessed: Path, plans: dict[str, Any]) -> None:
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     manager = PlansManager(plans)
     configuration = manager.get_configuration(CONFIGURATION)
     data = preprocessed / configuration.data_identifier
@@ -197,7 +197,7 @@ def train(root: Path, trainer: type, *, dataset: str = "Dataset501_Tiny", **sett
             patch.setenv(f"nnUNet_{folder}", str(root / folder))
         patch.setenv("nnUNet_n_proc_DA", "0")
         patch.setitem(matplotlib.rcParams, "savefig.dpi", 20)  # nnU-Net draws 16 million pixels an epoch
-        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+        dataset_json = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
         done = trainer(made, CONFIGURATION, 0, dataset_json, torch.device("cpu"))
         done.run_training()
     fold = Path(done.output_folder)

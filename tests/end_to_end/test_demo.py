@@ -64,7 +64,7 @@ def test_output_of_a_command_goes_to_its_log(tmp_path: Path) -> None:
     out = console(tmp_path / "out.txt")
     step = Step("say", ("gasnet-nnunet", "--version"))
     run_step(step, tmp_path / "log.txt", {}, out)
-    assert (tmp_path / "log.txt").read_text() == f"gasnet-nnunet {__version__}\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == f"gasnet-nnunet {__version__}\n"
     assert "$ gasnet-nnunet --version" in out.export_text()
 
 
@@ -80,7 +80,7 @@ def test_failing_command_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"docter ended with status 2\. All it said is in .*log\.txt") as caught:
         run_step(step, tmp_path / "log.txt", {}, console(tmp_path / "out.txt"))
     assert "No such command 'docter'" in str(caught.value)
-    assert "No such command 'docter'" in (tmp_path / "log.txt").read_text()
+    assert "No such command 'docter'" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
 def test_command_that_is_not_installed_is_named() -> None:
@@ -118,7 +118,9 @@ def test_smallest_chain_runs_to_the_figures(tmp_path: Path) -> None:
     assert scores["model"].tolist() == ["Supervised baseline"] * 2 + ["GASNet"] * 2
     for name in ("comparison.png", "overlays.png", "comparison.md"):
         assert (tmp_path / "demo" / name).stat().st_size > 100
-    plans = json.loads(next((tmp_path / "demo/nnUNet_preprocessed").rglob("GASNetPlans.json")).read_text())
+    plans = json.loads(
+        next((tmp_path / "demo/nnUNet_preprocessed").rglob("GASNetPlans.json")).read_text(encoding="utf-8")
+    )
     assert plans["configurations"]["3d_fullres"]["gasnet"]["num_epochs"] == 2
     text = out.export_text()
     assert "2 unseen phantom patients" in text

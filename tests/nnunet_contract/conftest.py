@@ -33,7 +33,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     augmented = {"nnUNet_n_proc_DA": "1"}
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", 501, *one_by_one, environment=augmented)
     path = workspace.preprocessed / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
+    plans = json.loads(path.read_text(encoding="utf-8"))
     ours = tiny_dataset.plans(DATASET, settings={**tiny_dataset.SETTINGS, "gallery_every_epochs": 1})
     for key in ("patch_size", "batch_size", "architecture", "gasnet"):
         plans["configurations"]["3d_fullres"][key] = ours["configurations"]["3d_fullres"][key]

@@ -111,7 +111,7 @@ class Workspace:
 
     def write_plans(self, name: str, **settings: Any) -> None:
         """Another plans file for the same preprocessed cases."""
-        plans = json.loads((self.preprocessed / "nnUNetPlans.json").read_text())
+        plans = json.loads((self.preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
         plans["plans_name"] = name
         plans["configurations"]["3d_fullres"]["gasnet"].update(settings)
         (self.preprocessed / f"{name}.json").write_text(json.dumps(plans))

@@ -58,7 +58,7 @@ def test_training_leaves_what_nnunets_other_commands_need(trained: Workspace) ->
         assert (trained.model / name).exists()
     assert not (fold / "checkpoint_latest.pth").exists()
     assert not [path for path in trained.root.rglob("*") if ".tmp" in path.name]
-    (masked,) = json.loads((trained.preprocessed / "splits_final.json").read_text())[0]["val"]
+    (masked,) = json.loads((trained.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[0]["val"]
     assert sorted(path.name for path in (fold / "validation").iterdir()) == [
         *(f"{masked}.nii.gz", f"{masked}.npz", f"{masked}.pkl", "summary.json")
     ]
@@ -79,13 +79,15 @@ def test_lung_masks_and_splits_are_made_beside_the_data(trained: Workspace) -> N
     assert {path.name for path in data.iterdir()} == {
         *(f"{case}{ending}" for case in cases for ending in (".b2nd", "_seg.b2nd", ".pkl"))
     }
-    splits = json.loads((trained.preprocessed / "splits_final.json").read_text())
+    splits = json.loads((trained.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
     assert [len(split["train"]) for split in splits] == [1, 1]
 
 
 def test_vanilla_trains_on_the_same_fold(vanilla: Workspace) -> None:
     folders = [vanilla.model, vanilla.results / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres"]
-    summaries = [json.loads((folder / "fold_0/validation/summary.json").read_text()) for folder in folders]
+    summaries = [
+        json.loads((folder / "fold_0/validation/summary.json").read_text(encoding="utf-8")) for folder in folders
+    ]
     cases = [[Path(case["prediction_file"]).name for case in summary["metric_per_case"]] for summary in summaries]
     assert cases[0] == cases[1]
 
@@ -99,12 +101,12 @@ def test_validation_alone(option: str, copied: Workspace, monkeypatch: pytest.Mo
         best = torch.load(fold / "checkpoint_best.pth", weights_only=False)
         best["network_weights"] = {name: torch.zeros_like(w) for name, w in best["network_weights"].items()}
         torch.save(best, fold / "checkpoint_best.pth")
-    before = json.loads((fold / "validation/summary.json").read_text())
+    before = json.loads((fold / "validation/summary.json").read_text(encoding="utf-8"))
     shutil.rmtree(fold / "validation")
     options = {"--val": ["--val"], "--val_best": ["--val", "--val_best"]}[option]
     command = ("nnUNetv2_train", 501, "3d_fullres", 0, "-tr", "GASNetTrainer", "-device", "cpu", *options)
     assert "Validation complete" in copied.call(*command)
-    after = json.loads((fold / "validation/summary.json").read_text())
+    after = json.loads((fold / "validation/summary.json").read_text(encoding="utf-8"))
     if option == "--val":
         assert after["metric_per_case"][0]["metrics"] == before["metric_per_case"][0]["metrics"]
     else:
@@ -211,7 +213,7 @@ predict_entry_point()
 
 
 def summary(folder: Path) -> Any:
-    return json.loads((folder / "summary.json").read_text())
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def test_best_configuration_is_found_among_ours_and_vanilla(vanilla: Workspace, tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_best_configuration_is_found_among_ours_and_vanilla(vanilla: Workspace, 
     shutil.copytree(vanilla.results, workspace.results, dirs_exist_ok=True)
     models = ("-c", "3d_fullres", "-tr", "nnUNetTrainer", "GASNetTrainer", "-f", 0)
     said = workspace.call("nnUNetv2_find_best_configuration", 501, *models, "--disable_ensembling", "-np", 1)
-    found = json.loads((workspace.results / DATASET / "inference_information.json").read_text())
+    found = json.loads((workspace.results / DATASET / "inference_information.json").read_text(encoding="utf-8"))
     assert set(found["all_results"]) == {MODEL, "nnUNetTrainer__nnUNetPlans__3d_fullres"}
     assert "nnUNetv2_predict -d Dataset501_Tiny" in said
 

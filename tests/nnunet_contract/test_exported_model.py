@@ -45,7 +45,7 @@ def test_stock_nnunet_installs_it_and_predicts_the_same(trained: Workspace, stoc
     (card,) = results.rglob("README.md")
     assert card.parent == results / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres"
     # The card's own command, with what makes it small.
-    (command,) = (line for line in card.read_text().splitlines() if line.startswith("nnUNetv2_predict"))
+    (command,) = (line for line in card.read_text(encoding="utf-8").splitlines() if line.startswith("nnUNetv2_predict"))
     words = command.replace("NEW_CTS", str(trained.raw / "imagesTs")).replace("OUT", str(found)).split()[1:]
     one_process = ("-npp", "0", "-nps", "0", "-device", "cpu", "--save_probabilities")
     stock.run("-c", PREDICT, *words, *one_process, nnUNet_results=str(results))
@@ -57,7 +57,9 @@ def test_stock_nnunet_installs_it_and_predicts_the_same(trained: Workspace, stoc
         assert np.array_equal(*probabilities)
         assert probabilities[0][1].max() > probabilities[0][1].min()
 
-    installed = "".join(path.read_text() for path in results.rglob("*") if path.suffix in (".json", ".md"))
-    splits = json.loads((trained.preprocessed / "splits_final.json").read_text())
+    installed = "".join(
+        path.read_text(encoding="utf-8") for path in results.rglob("*") if path.suffix in (".json", ".md")
+    )
+    splits = json.loads((trained.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
     cases = {case for split in splits for cases in split.values() for case in cases}
     assert not [secret for secret in (*cases, str(trained.root)) if secret in installed]

@@ -42,7 +42,9 @@ def kill_when(happened: Callable[[], bool], workspace: Workspace, *arguments: ob
         while not happened():
             if process.poll() is not None or time.monotonic() > end:
                 kill_group(process)
-                pytest.fail(f"The training ended with {process.returncode} first:\n{log.read_text()[-3000:]}")
+                pytest.fail(
+                    f"The training ended with {process.returncode} first:\n{log.read_text(encoding='utf-8')[-3000:]}"
+                )
             time.sleep(0.002)
         assert process.poll() is None
         kill_group(process)
@@ -50,7 +52,7 @@ def kill_when(happened: Callable[[], bool], workspace: Workspace, *arguments: ob
 
 def rows(folder: Path) -> int:
     file = folder / "gasnet_progress.csv"
-    return max(0, len(file.read_text().splitlines()) - 1) if file.exists() else 0
+    return max(0, len(file.read_text(encoding="utf-8").splitlines()) - 1) if file.exists() else 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def test_optimisers_count_on(resumed: Resumed) -> None:
 
 def test_settings_of_the_checkpoint_win(resumed: Resumed) -> None:
     assert "the checkpoint's win: lambda_s: 7.0 -> 100.0" in resumed.said
-    plans = json.loads((resumed.fold.parent / "plans.json").read_text())
+    plans = json.loads((resumed.fold.parent / "plans.json").read_text(encoding="utf-8"))
     assert plans["configurations"]["3d_fullres"]["gasnet"]["lambda_s"] == 100.0
 
 

@@ -74,7 +74,7 @@ def test_split_of_the_users_that_cannot_be_trained(
     content = json.dumps([split])
     restored_split.write_text(content)
     assert message in refusal(trained.with_results(tmp_path), "3d_fullres", 0)
-    assert restored_split.read_text() == content
+    assert restored_split.read_text(encoding="utf-8") == content
 
 
 def test_truncated_checkpoint(copied: Workspace, snapshot: Snapshot) -> None:
@@ -91,7 +91,7 @@ def test_truncated_checkpoint(copied: Workspace, snapshot: Snapshot) -> None:
 def test_label_values_that_dataset_json_does_not_declare(trained: Workspace, tmp_path: Path) -> None:
     """The trainer reads the labels again: they may have changed since they were preprocessed."""
     path = trained.preprocessed / "dataset.json"
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     dataset_json = json.loads(content)
     dataset_json["labels"] = {"background": 0, "lesion": 1}
     path.write_text(json.dumps(dataset_json))

@@ -37,7 +37,7 @@ def test_segmenter_is_trained_and_predicts(segmenter: str, planned: Workspace, t
     workspace, name = planned.with_results(tmp_path / "results"), segmenter.capitalize()
     workspace.write_plans(name, num_epochs=1, gallery_every_epochs=0, pseudo_start=0.0)
     path = workspace.preprocessed / f"{name}.json"
-    plans = json.loads(path.read_text())
+    plans = json.loads(path.read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"] = apply_segmenter(plans["configurations"]["3d_fullres"], segmenter)
     path.write_text(json.dumps(plans))
 
