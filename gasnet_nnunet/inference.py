@@ -46,7 +46,7 @@ CT = sitk.Image | Volume | Sequence[sitk.Image]
 OnProgress = Callable[[float], None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
     """What S found in a CT, on the CT's own grid.
 
@@ -64,8 +64,11 @@ class Segmentation:
         """One of the arrays, by its name, as a SimpleITK image."""
         return as_image(getattr(self, name), self.grid)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({np.count_nonzero(self.mask)} lesion voxels, {self.grid})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Restoration(Segmentation):
     """What S and G made of a CT, on the CT's own grid.
 

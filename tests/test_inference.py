@@ -207,6 +207,13 @@ def test_arrays_and_images_give_the_same(model: LoadedModel) -> None:
         np.testing.assert_array_equal(getattr(by_image, name), getattr(by_array, name))
 
 
+def test_a_result_is_told_in_a_line(model: LoadedModel) -> None:
+    told = repr(model.restore(phantom()))
+    assert told.startswith("Restoration(")
+    assert "lesion voxels" in told
+    assert "array" not in told
+
+
 def test_types_of_a_ct(model: LoadedModel) -> None:
     ct = sitk.GetArrayFromImage(phantom((8, 20, 22), tiny_dataset.SPACING))
     unsigned = model.restore((ct + 2000).astype(np.uint16), tiny_dataset.SPACING)
