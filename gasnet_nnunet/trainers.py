@@ -664,9 +664,10 @@ class GASNetTrainer(nnUNetTrainer):
         self.adversary.load_state_dict(state["adversary"])
         self.best_epoch.load_state_dict(state["best_epoch"])
         if average is not None:
+            # A checkpoint of a version that did not average holds S alone: the average begins with it.
             average.module.load_state_dict(checkpoint["network_weights"])
-            average.n_averaged.fill_(state["averaged"])
-            plain_module(self.network).load_state_dict(state["segmenter"])
+            average.n_averaged.fill_(state.get("averaged", 0))
+            plain_module(self.network).load_state_dict(state.get("segmenter", checkpoint["network_weights"]))
         self._restored = True
         self._seed(self.current_epoch)
 
