@@ -83,7 +83,8 @@ class GASNetSettings:
         pasted_share: Share of the labelled patches in which the labelled lesions lie in a healthy volume, each moved
             and augmented in its own way: L_ps of a case whose mask is known. Not in the paper, where it is 0.
         paste_strength: Range from which the strength of a pasted lesion is drawn, for both kinds of pasting; below 1
-            the healthy tissue shines through (1 to 1: the paper).
+            the healthy tissue shines through (1 to 1: the paper, and wherever there are several classes of lesion,
+            which density may tell apart).
         averaged_iterations: Iterations over which S is averaged (exponentially); the average teaches L_ps, is
             validated, saved and predicts. 1 for S as it is (the paper).
         patches: Whether a patch holds the whole lungs ("volume") or a diseased patient is a bag of patches ("bag").

@@ -49,6 +49,7 @@ class SegmentationTask:
         regions: Whether the channels are regions.
         labels: Label value of each lesion channel.
         ignore_label: Label value that `loss_pseudo` ignores.
+        lesions: Label values that are lesion, for regions too.
         spacing: Voxel size in mm, (Z, Y, X).
     """
 
@@ -59,6 +60,7 @@ class SegmentationTask:
     regions: bool
     labels: tuple[int, ...]
     ignore_label: int
+    lesions: tuple[int, ...]
     spacing: tuple[float, ...]
 
 
@@ -108,6 +110,11 @@ class GASNetStep:
     def predictor(self) -> nn.Module:
         """What predicts: the average of S, or S itself."""
         return self.segmenter if self.average is None else self.average
+
+    @property
+    def paste_strength(self) -> tuple[float, float]:
+        """Range of the strength of pasted lesions; 1 where density may tell one class of lesion from another."""
+        return self.settings.paste_strength if len(self.task.lesions) == 1 else (1.0, 1.0)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Precision of S and G."""
@@ -207,7 +214,7 @@ class GASNetStep:
     def pseudo_labelled(self, pair: Pair, logits: Tensor) -> tuple[Tensor, Tensor]:
         """I_ps, nnU-Net-normalised (B, C, Z, Y, X), and M_ps, from S(I_d)."""
         mask = losses.lesion_probability(logits, regions=self.task.regions) * pair["lungs"]
-        low, high = self.settings.paste_strength
+        low, high = self.paste_strength
         strength = torch.empty(len(mask), 1, 1, 1, 1, device=mask.device).uniform_(low, high)
         label = pseudo_label(
             logits,

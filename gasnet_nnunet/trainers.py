@@ -234,6 +234,7 @@ class GASNetTrainer(nnUNetTrainer):
             regions=label_manager.has_regions,
             labels=() if label_manager.has_regions else tuple(label_manager.foreground_labels),
             ignore_label=ignore_label,
+            lesions=tuple(int(label) for label in label_manager.foreground_labels),
             spacing=tuple(float(mm) for mm in self.configuration_manager.spacing),
         )
 
@@ -324,13 +325,14 @@ class GASNetTrainer(nnUNetTrainer):
                 )
                 self._pairs = self._start_stream(pairs, get_allowed_n_proc_DA())
             if self._pasted_patches():
+                assert self.gasnet_step is not None
                 pasted = PastedLoader(
                     self._reader,
                     cases.train,
                     cases.healthy,
                     batch_size=self._pasted_patches(),
-                    strength=settings.paste_strength,
-                    lesions=[int(label) for label in self.label_manager.foreground_labels],
+                    strength=self.gasnet_step.paste_strength,
+                    lesions=self.gasnet_step.task.lesions,
                     **options,
                 )
                 self._pasted = self._start_stream(pasted, min(1, get_allowed_n_proc_DA()))
