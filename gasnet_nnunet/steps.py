@@ -104,7 +104,7 @@ class GASNetStep:
         self.average: AveragedModel | None = None
         if settings.averaged_iterations > 1:
             self.average = AveragedModel(plain_module(segmenter), avg_fn=_moving_average(settings.averaged_iterations))
-            self.average.requires_grad_(False)
+            self.average.requires_grad_(False).eval()
 
     @property
     def predictor(self) -> nn.Module:
@@ -282,7 +282,8 @@ def _moving_average(iterations: int) -> Callable[[Tensor, Tensor, Tensor | int],
     """Exponential average over about so many iterations; over fewer while there are not as many yet."""
 
     def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        return averaged + (current - averaged) / min(iterations, 1 + int(count) / 10)
+        # The count stays on the device: reading it would wait for the device once a weight.
+        return averaged + (current - averaged) / (1 + torch.as_tensor(count) / 10).clamp(max=iterations)
 
     return average
 

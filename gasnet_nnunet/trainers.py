@@ -376,7 +376,7 @@ class GASNetTrainer(nnUNetTrainer):
 
     def _pasted_patches(self) -> int:
         """How many patches of a labelled batch are labelled lesions in a healthy volume."""
-        return round(self.settings.pasted_share * self.batch_size)
+        return round(self.settings.pasted_share * self.batch_size) if self.settings.weight_labelled else 0
 
     def _diseased_cases(self) -> tuple[str, ...]:
         """Cases to draw I_d from."""

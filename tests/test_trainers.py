@@ -434,6 +434,7 @@ def test_nothing_is_learnt_before_the_only_term_joins(make: Make) -> None:
     others = ("labelled", "healthy", "mil", "outside", "adversarial", "generated", "diseased", "reconstruction")
     trainer = make(pseudo_start=1.0, **{f"weight_{name}": 0.0 for name in others})
     trainer.on_train_start()
+    assert trainer._pasted is None
     before = copy.deepcopy(trainer.network.state_dict())
     assert all(math.isnan(run_epoch(trainer)[-1][name]) for name in STEP_COLUMNS)
     assert all(torch.equal(before[name], value) for name, value in trainer.network.state_dict().items())
