@@ -77,7 +77,7 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
     pseudo = 1 + FORWARD * (settings.averaged_iterations > 1)
     segmenter = batch_size * bool(settings.weight_labelled) + volumes * (
         bool(settings.weight_healthy)
-        + bool(settings.weight_mil or settings.weight_outside or adversarial)
+        + bool(settings.weight_mil or settings.weight_outside or settings.weight_suspicion or adversarial)
         + bool(settings.weight_pseudo) * (1 - settings.pseudo_start) * pseudo
         + d_updates * adversarial * FORWARD
     )

@@ -96,6 +96,23 @@ def outside_loss(logits: Tensor, lungs: Tensor, margin: Sequence[int], *, region
     return (functional.softplus(lesion_logit(logits, regions=regions)) * (1 - near)).mean()
 
 
+def suspicion_loss(logits: Tensor, lungs: Tensor, *, regions: bool) -> Tensor:
+    """L_sus: every voxel in the lungs of a diseased volume counts as lesion, to be weighed against L_hea.
+
+    Learning from negative and unlabelled voxels: with this at weight w and L_hea at weight 1, the M^ that minimises
+    both is `w p_d / (w p_d + p_h)`, where p_d and p_h are how often such a voxel occurs in diseased and in healthy
+    volumes. It is near w for what both have, and above 0.5 only for what diseased volumes show 1 / w times as often.
+
+    Args:
+        logits: (B, K, Z, Y, X)
+        lungs: Lung mask of the diseased volume, (B, 1, Z, Y, X), 0 or 1.
+        regions: Whether the channels are regions.
+
+    Shape: -> scalar, the mean over all voxels, as L_hea, with those outside the lungs counted as 0
+    """
+    return (functional.softplus(-lesion_logit(logits, regions=regions)) * lungs).mean()
+
+
 def judged_as(logit: Tensor, label: float) -> Tensor:
     """Binary cross-entropy of D's logits against one label for all of them (`HEALTHY` or `NOT_HEALTHY`).
 

@@ -24,6 +24,7 @@ INTENDED_USE = (
 VOLUME_TERMS = (
     "weight_mil",
     "weight_outside",
+    "weight_suspicion",
     "weight_pseudo",
     "weight_adversarial",
     "weight_generated",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # One colour a kind of input, the same wherever D's view of it is drawn.
 INPUT_COLOURS = {"healthy": "#2a9d5c", "restored": "#2f6fb7", "diseased": "#c8352c", "generated": "#e39a1c"}
-OTHER_COLOURS = ("#2f6fb7", "#2a9d5c", "#c8352c", "#8a5fb0", "#e39a1c")
+OTHER_COLOURS = ("#2f6fb7", "#2a9d5c", "#c8352c", "#8a5fb0", "#e39a1c", "#5f6b73")
 
 GALLERY_PANELS = ("I_d", "M^", "I_g", "I_s", "I_ps", "M_ps")
 """Names of the panels of a gallery row, in the order they are drawn."""
@@ -103,7 +103,7 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
     # Fixed margins: matplotlib's layout engine would take longer than a short epoch.
     margins = {"left": 0.05, "right": 0.985, "bottom": 0.04, "top": 0.97, "wspace": 0.12, "hspace": 0.27}
     axes = figure.subplots(3, 2, gridspec_kw=margins)
-    supervised = dict(zip(("L_lab", "L_hea", "L_MIL", "L_out", "L_ps"), OTHER_COLOURS, strict=True))
+    supervised = dict(zip(("L_lab", "L_hea", "L_MIL", "L_out", "L_ps", "L_sus"), OTHER_COLOURS, strict=True))
     _draw(axes[0, 0], rows, supervised, "Losses of S")
     labels = {"L_adv": "L_adv (S + G)", "L_IgToD": "L_IgToD (G)", "L_recons": "L_recons (G)"}
     adversarial = dict(zip(labels, OTHER_COLOURS, strict=False))

@@ -7,6 +7,7 @@ that D cannot tell the pools apart by how they were augmented.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -151,6 +152,28 @@ class PairTransform:
         ]
         self.low = low
 
+    def varied(self, patch_size: Sequence[int], variation: float) -> PairTransform:
+        """The same intensities, with more of a geometry: see `PastedLoader`.
+
+        Args:
+            patch_size: (Z, Y, X)
+            variation: Share by which a patch is scaled at most.
+        """
+        other = copy.copy(self)
+        rotation = next((t.rotation for t in self.geometry if isinstance(t, SpatialTransform)), 0.0)
+        spatial = SpatialTransform(
+            tuple(patch_size),
+            patch_center_dist_from_border=0,
+            random_crop=False,
+            p_rotation=1,
+            rotation=rotation,
+            p_scaling=1,
+            scaling=(1 - variation, 1 + variation),
+            p_synchronize_scaling_across_axes=0.5,
+        )
+        other.geometry = [spatial, MirrorTransform((0, 1, 2))]
+        return other
+
     def __call__(self, images: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Augment images (offset by `low`, as `VolumeReader.image` gives them) and their masks.
 
@@ -257,19 +280,27 @@ class PastedLoader(PairLoader):
     """Endless stream of labelled lesions in healthy volumes: I_ps of the voxel-labelled cases, whose mask is known.
 
     The labelled patient and the healthy one are augmented each in its own way, so that a lesion comes to lie in many
-    places of many lungs. A batch holds "data" (B, C, Z, Y, X), nnU-Net-normalised, and "target" as nnU-Net's own loader
-    gives it, regions and deep-supervision levels included.
+    places of many lungs, in many sizes: nothing but the lesion is seen of the labelled patient, who may be turned over
+    and stretched farther than a chest. A batch holds "data" (B, C, Z, Y, X), nnU-Net-normalised, and "target" as
+    nnU-Net's own loader gives it, regions and deep-supervision levels included.
 
     Args:
+        variation: The labelled patient is scaled by up to this share, either way, shifted by up to half of it in shares
+            of the patch size, rotated as nnU-Net rotates and mirrored along every axis, always; 0 for the augmentation
+            of all other patches.
         strength: Range of the share of the lesion in the sum of lesion and healthy tissue; see
             `synthesis.paste_lesions`.
         lesions: Label values that are lesion.
         **options: As in `PairLoader`; `diseased` are the voxel-labelled cases.
     """
 
-    def __init__(self, *args: Any, strength: tuple[float, float], lesions: Sequence[int], **options: Any) -> None:
+    def __init__(
+        self, *args: Any, variation: float, strength: tuple[float, float], lesions: Sequence[int], **options: Any
+    ) -> None:
         super().__init__(*args, bag=False, with_diseased_mask=False, **options)
         self.names = ["diseased", "healthy", "lungs", "labels"]
+        self.variation = variation
+        self.lesion_transform = self.transform.varied(self.patch_size, variation) if variation else self.transform
         self.strength = strength
         self.lesions = torch.tensor(list(lesions), dtype=torch.float32)
 
@@ -296,7 +327,9 @@ class PastedLoader(PairLoader):
     def _pair(self, case_d: str, case_h: str, position: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, ...]:
         reader: VolumeReader = self._data
         start_d, start_h = self._starts(case_d, case_h, position, shift)
-        diseased, labels = self.transform(
+        aside = np.random.uniform(-self.variation / 2, self.variation / 2, size=3)
+        start_d = [start + round(share * n) for start, share, n in zip(start_d, aside, self.patch_size, strict=True)]
+        diseased, labels = self.lesion_transform(
             [reader.image(case_d, start_d, self.read_size)], [reader.label(case_d, start_d, self.read_size)]
         )
         healthy, lungs = self.transform(

@@ -69,6 +69,9 @@ class GASNetSettings:
             the lungs of I_d: what is known of a diseased volume without a mask. Not in the paper.
         outside_margin_mm: Distance from the lungs in mm up to which L_out says nothing, because a consolidation may
             have been taken for the chest wall when the lungs were found.
+        weight_suspicion: Weight of L_sus, by which every voxel in the lungs of I_d counts as lesion. Against L_hea it
+            makes M^ rise for what diseased volumes show 1 / `weight_suspicion` times as often as healthy ones. Not in
+            the paper.
         weight_adversarial: Weight of `BCE(D(I_s), 0)` in the S+G step; 0 takes I_s out of D's step as well.
         weight_generated: Weight of L_IgToD, in the S+G step and in D's step.
         weight_diseased: Weight of L_IdToD in D's step.
@@ -80,8 +83,13 @@ class GASNetSettings:
         pseudo_margin: The paper's xi: M_ps is lesion from 0.5 + xi on, background up to 0.5 - xi, ignored between.
         pseudo_ignore_above: Voxels with m above this and not above 0.5 - xi are ignored as well, instead of becoming
             background although I_ps carries some of the lesion; `None` as published.
+        pseudo_contrast: What S calls lesion is pasted where it is denser than the rest of its own lungs by at least
+            this share of the intensity window (0.05 of 1500 HU are 75 HU); with another organ darker lesions count
+            too. 0 for all of it (the paper).
         pasted_share: Share of the labelled patches in which the labelled lesions lie in a healthy volume, each moved
             and augmented in its own way: L_ps of a case whose mask is known. Not in the paper, where it is 0.
+        pasted_variation: How freely these lesions are placed: scaled by up to this share, either way, shifted by up to
+            half of it in shares of the patch size, rotated and mirrored along every axis; 0 for nnU-Net's augmentation.
         paste_strength: Range from which the strength of a pasted lesion is drawn, for both kinds of pasting; below 1
             the healthy tissue shines through (1 to 1: the paper, and wherever there are several classes of lesion,
             which density may tell apart).
@@ -147,6 +155,7 @@ class GASNetSettings:
     weight_pseudo: Weight = 1.0
     weight_outside: Weight = 1.0
     outside_margin_mm: Annotated[float, Field(ge=0.0)] = 20.0
+    weight_suspicion: Weight = 0.05
     weight_adversarial: Weight = 1.0
     weight_generated: Weight = 1.0
     weight_diseased: Weight = 1.0
@@ -157,9 +166,11 @@ class GASNetSettings:
     pseudo_start: Fraction = 0.25
     pseudo_margin: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.3
     pseudo_ignore_above: Fraction | None = None
+    pseudo_contrast: Fraction = 0.05
     pasted_share: Fraction = 0.5
+    pasted_variation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
     paste_strength: tuple[Fraction, Fraction] = (0.5, 1.0)
-    averaged_iterations: Count = 20
+    averaged_iterations: Count = 1
 
     patches: Literal["auto", "volume", "bag"] = "auto"
     bag_size: Count = 4

@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 from gasnet_nnunet import losses
 from gasnet_nnunet.adversary import Adversary
 from gasnet_nnunet.settings import GASNetSettings
-from gasnet_nnunet.synthesis import paste_lesions, pseudo_label
+from gasnet_nnunet.synthesis import paste_lesions, pseudo_label, visible_lesions
 
 D_INPUTS = ("healthy", "restored", "diseased", "generated")
-S_LOSSES = ("L_lab", "L_hea", "L_MIL", "L_out", "L_ps")
+S_LOSSES = ("L_lab", "L_hea", "L_MIL", "L_out", "L_sus", "L_ps")
 STEP_COLUMNS = (
     *S_LOSSES,
     *("L_adv", "L_IgToD", "L_recons"),
@@ -31,6 +31,9 @@ STEP_COLUMNS = (
 
 MAX_GRADIENT_NORM = 12
 """nnU-Net's clipping of S."""
+
+REGION_MM = 12.0
+"""Half the box in which the contrast of a lesion is measured: a few vessels do not make it one."""
 
 Loss = Callable[[Any, Any], Tensor]
 Pair = dict[str, Tensor]
@@ -155,7 +158,8 @@ class GASNetStep:
         settings, adversary = self.settings, self.adversary
         report: dict[str, Tensor] = {}
         logits: Tensor | None = None
-        if settings.weight_mil or settings.weight_outside or adversary.discriminator is not None:
+        alone = settings.weight_mil or settings.weight_outside or settings.weight_suspicion
+        if alone or adversary.discriminator is not None:
             with self.precision():
                 logits = as_levels(self.segmenter(pair["diseased"]))[0]
                 if settings.weight_mil:
@@ -165,6 +169,9 @@ class GASNetStep:
                     margin = [round(settings.outside_margin_mm / mm) for mm in self.task.spacing]
                     loss = losses.outside_loss(logits, pair["lungs_diseased"], margin, regions=self.task.regions)
                     report["L_out"] = settings.weight_outside * loss
+                if settings.weight_suspicion:
+                    loss = losses.suspicion_loss(logits, pair["lungs_diseased"], regions=self.task.regions)
+                    report["L_sus"] = settings.weight_suspicion * loss
                 report.update(adversary.fooling_terms(pair["diseased"], self._lesion_mask(logits, pair)))
             self._backward(torch.stack([term.float() for term in report.values()]).sum())
         if pseudo_on and (logits is None or self.average is not None):
@@ -213,12 +220,22 @@ class GASNetStep:
 
     def pseudo_labelled(self, pair: Pair, logits: Tensor) -> tuple[Tensor, Tensor]:
         """I_ps, nnU-Net-normalised (B, C, Z, Y, X), and M_ps, from S(I_d)."""
-        mask = losses.lesion_probability(logits, regions=self.task.regions) * pair["lungs"]
+        lesion, lungs = losses.lesion_probability(logits, regions=self.task.regions), pair["lungs"]
+        if self.settings.pseudo_contrast:
+            lungs = lungs * visible_lesions(
+                self.adversary.window.to_window(pair["diseased"].float()),
+                lesion,
+                pair["lungs_diseased"],
+                contrast=self.settings.pseudo_contrast,
+                radius=[round(REGION_MM / mm) for mm in self.task.spacing],
+                denser=self.settings.organ == "lungs",
+            )
+        mask = lesion * lungs
         low, high = self.paste_strength
         strength = torch.empty(len(mask), 1, 1, 1, 1, device=mask.device).uniform_(low, high)
         label = pseudo_label(
             logits,
-            pair["lungs"],
+            lungs,
             regions=self.task.regions,
             labels=self.task.labels,
             ignore_label=self.task.ignore_label,

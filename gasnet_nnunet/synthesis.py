@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -41,6 +43,37 @@ def soft_border(mask: Tensor) -> Tensor:
     Shape: (B, 1, Z, Y, X), 0 or 1 -> (B, 1, Z, Y, X) in [0, 1]
     """
     return functional.avg_pool3d(mask, (1, 3, 3), stride=1, padding=(0, 1, 1))
+
+
+def visible_lesions(
+    diseased: Tensor, mask: Tensor, lungs: Tensor, *, contrast: float, radius: Sequence[int], denser: bool
+) -> Tensor:
+    """Where what S calls lesion differs from the rest of its own lungs.
+
+    S teaches itself by L_ps: once it calls lung tissue lesion in which nothing can be seen, pasting that tissue labels
+    nothing as lesion, and the next S finds more of it.
+
+    Args:
+        diseased: I_d, (B, C, Z, Y, X) in [-1, 1].
+        mask: M^, (B, 1, Z, Y, X) in [0, 1].
+        lungs: Lung mask of I_d, (B, 1, Z, Y, X), 0 or 1. What of it is no lesion by M^ is compared with.
+        contrast: Least difference, in shares of the window, of the mean of a lesion in a box around each voxel.
+        radius: Half the box in voxels, (Z, Y, X).
+        denser: Lesions are brighter than the rest; otherwise darker ones count too.
+
+    Shape: -> (B, 1, Z, Y, X), 0 or 1; 1 where any channel shows a difference
+    """
+    rest = lungs * (mask < 0.5)
+    usual = (diseased * rest).sum((2, 3, 4), keepdim=True) / rest.sum((2, 3, 4), keepdim=True).clamp(min=1)
+    weighted, weight = diseased * mask, mask
+    for axis, voxels in enumerate(radius):
+        window = [2 * voxels + 1 if other == axis else 1 for other in range(3)]
+        padding = [n // 2 for n in window]
+        weighted, weight = (functional.avg_pool3d(x, window, stride=1, padding=padding) for x in (weighted, weight))
+    difference = weighted / weight.clamp(min=torch.finfo(weight.dtype).tiny) - usual
+    if not denser:
+        difference = difference.abs()
+    return (difference > 2 * contrast).any(1, keepdim=True).to(mask.dtype)
 
 
 def pseudo_label(

@@ -320,7 +320,7 @@ class GASNetTrainer(nnUNetTrainer):
                     cases.healthy,
                     batch_size=settings.bag_size if bag else settings.volumes_per_step or self.batch_size,
                     bag=bag,
-                    with_diseased_mask=settings.restore_within_organ or bool(settings.weight_outside),
+                    with_diseased_mask=self._needs_diseased_lungs(),
                     **options,
                 )
                 self._pairs = self._start_stream(pairs, get_allowed_n_proc_DA())
@@ -331,6 +331,7 @@ class GASNetTrainer(nnUNetTrainer):
                     cases.train,
                     cases.healthy,
                     batch_size=self._pasted_patches(),
+                    variation=settings.pasted_variation,
                     strength=self.gasnet_step.paste_strength,
                     lesions=self.gasnet_step.task.lesions,
                     **options,
@@ -370,8 +371,18 @@ class GASNetTrainer(nnUNetTrainer):
             settings.weight_healthy
             or settings.weight_mil
             or settings.weight_outside
+            or settings.weight_suspicion
             or settings.weight_pseudo
             or needs_generator(settings)
+        )
+
+    def _needs_diseased_lungs(self) -> bool:
+        settings = self.settings
+        return bool(
+            settings.restore_within_organ
+            or settings.weight_outside
+            or settings.weight_suspicion
+            or (settings.weight_pseudo and settings.pseudo_contrast)
         )
 
     def _pasted_patches(self) -> int:
@@ -705,6 +716,7 @@ class SupervisedBaselineTrainer(GASNetTrainer):
             weight_healthy=settings.weight_healthy if settings.baseline_healthy else 0.0,
             weight_mil=0.0,
             weight_outside=0.0,
+            weight_suspicion=0.0,
             weight_pseudo=0.0,
             pasted_share=0.0,
             weight_adversarial=0.0,

@@ -84,7 +84,12 @@ class Watch:
             panels["I_s"] = restore(x, panels["I_g"], shown)
         if pseudo_on and self.healthy:
             healthy, healthy_lungs = self._read(self.healthy[0])
-            pair = {"diseased": images[pick], "healthy": healthy[pick], "lungs": healthy_lungs[pick]}
+            pair = {
+                "diseased": images[pick],
+                "lungs_diseased": lungs[pick],
+                "healthy": healthy[pick],
+                "lungs": healthy_lungs[pick],
+            }
             image, label = self.step.pseudo_labelled(pair, logits[pick])
             panels["I_ps"] = adversary.window.to_window(image)
             if task.regions:

@@ -47,9 +47,12 @@ def configuration(patch: tuple[int, int, int] = (8, 16, 16), batch_size: int = 2
 def test_formula_of_the_docs() -> None:
     b, v, k, start = 3, 2, 5, 0.25
 
-    passes = passes_per_iteration(GASNetSettings(volumes_per_step=v, discriminator_steps=k, pseudo_start=start), b)
+    settings = GASNetSettings(volumes_per_step=v, discriminator_steps=k, pseudo_start=start)
+    passes = passes_per_iteration(settings, b)
+    averaged = passes_per_iteration(settings.replace(averaged_iterations=20), b)
 
-    assert passes.segmenter == pytest.approx(b + 2 * v + 4 / 3 * v * (1 - start) + k * v / 3)
+    assert passes.segmenter == pytest.approx(b + 2 * v + v * (1 - start) + k * v / 3)
+    assert averaged.segmenter == pytest.approx(passes.segmenter + v * (1 - start) / 3)
     assert passes.generator == pytest.approx(2 * v + k * v / 3)
     assert passes.discriminator == pytest.approx(2 * v + 4 * k * v)
 
@@ -57,7 +60,7 @@ def test_formula_of_the_docs() -> None:
 def test_terms_that_are_off_cost_nothing() -> None:
     off: dict[str, Any] = {
         f"weight_{name}": 0.0
-        for name in ("adversarial", "generated", "diseased", "reconstruction", "pseudo", "mil", "outside")
+        for name in ("adversarial", "generated", "diseased", "reconstruction", "pseudo", "mil", "outside", "suspicion")
     }
 
     passes = passes_per_iteration(GASNetSettings(**off, weight_healthy=0.0), 2)

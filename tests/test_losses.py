@@ -25,6 +25,7 @@ from gasnet_nnunet.losses import (
     outside_loss,
     reconstruction_loss,
     scale_gradient,
+    suspicion_loss,
 )
 from gasnet_nnunet.synthesis import restore
 
@@ -247,6 +248,34 @@ def test_lesions_far_from_the_lungs_cost_and_those_near_them_do_not(regions: boo
         assert loss(*near) < 1e-6
     for far in ((0, 4, 4), (2, 7, 4), (2, 4, 1), (4, 0, 0)):
         assert loss(*far) > 0.01
+
+
+@pytest.mark.parametrize(("weight", "times"), [(0.05, 1), (0.05, 20), (0.2, 100)])
+def test_suspicion_weighs_how_often_diseased_and_healthy_volumes_show_a_voxel(weight: float, times: int) -> None:
+    odds = weight * times
+    logits = torch.zeros(1, 2, 2, 3, 3)
+    logits[:, 1] = math.log(odds)
+    logits.requires_grad_()
+    everywhere = torch.ones(1, 1, 2, 3, 3)
+    in_diseased = times * weight * suspicion_loss(logits, everywhere, regions=False)
+    (in_diseased + healthy_loss([logits], [1.0], regions=False)).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits), atol=1e-7, rtol=0)
+    torch.testing.assert_close(lesion_probability(logits, regions=False), odds / (1 + odds) * everywhere)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_suspicion_is_about_the_lungs_alone(regions: bool) -> None:
+    logits = torch.randn(2, 3, 4, 5, 6, requires_grad=True)
+    lungs = torch.zeros(2, 1, 4, 5, 6)
+    lungs[:, :, 1:3, 2:4] = 1
+    loss = suspicion_loss(logits, lungs, regions=regions)
+    loss.backward()
+    assert logits.grad is not None
+    touched = logits.grad.abs().amax(1, keepdim=True) > 0
+    assert torch.equal(touched, lungs > 0)
+    probability = lesion_probability(logits, regions=regions).clamp(min=1e-12)
+    torch.testing.assert_close(loss, -(probability.log() * lungs).mean())
 
 
 def test_everything_outside_the_lungs_is_compared_with_background() -> None:

@@ -11,7 +11,10 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.settings import load_preset
 from gasnet_nnunet.study import load_study, segmenter_names, study_names, trainer_names
 
-ADDED = {"weight_outside", "pasted_share", "paste_strength", "averaged_iterations", "pseudo_start"}
+ADDED = {
+    *("weight_outside", "weight_suspicion", "pseudo_contrast", "pseudo_start"),
+    *("pasted_share", "pasted_variation", "paste_strength"),
+}
 """Settings in which the defaults go beyond the paper."""
 WHOLE = """
 dataset: 501
@@ -96,7 +99,12 @@ def test_ablation_changes_one_thing_at_a_time() -> None:
     assert changed.pop("gasnet") == set()
     assert changed.pop("paper") == ADDED
     assert changed.pop("no-adversary") == adversary
-    assert {name for names in changed.values() for name in names} == {*ADDED, "weight_mil", "weight_pseudo"}
+    assert {name for names in changed.values() for name in names} == {
+        *ADDED,
+        "averaged_iterations",
+        "weight_mil",
+        "weight_pseudo",
+    }
     assert all(len(names) == 1 for names in changed.values())
     papers = load_preset("paper").settings
     assert study.settings_of("paper", papers.to_dict()) == papers

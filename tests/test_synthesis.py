@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gasnet_nnunet.intensity import IntensityWindow
 from gasnet_nnunet.losses import lesion_probability
-from gasnet_nnunet.synthesis import paste_lesions, pseudo_label, restore, soft_border
+from gasnet_nnunet.synthesis import paste_lesions, pseudo_label, restore, soft_border, visible_lesions
 
 SEEDS = st.integers(0, 10_000)
 DICE = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
@@ -196,3 +196,47 @@ def test_a_soft_border_is_the_mean_of_the_neighbours_in_its_slice() -> None:
     assert soft[0, 0, 1, 1, 2] == pytest.approx(6 / 9)
     assert soft[0, 0, 1, 0, 0] == pytest.approx(1 / 9)
     assert not soft[0, 0, [0, 2]].any()
+
+
+# What may be pasted ---------------------------------------------------------------------------------------------------
+
+DENSE = (slice(2, 5), slice(4, 8), slice(4, 8))
+PLAIN = (slice(2, 5), slice(4, 8), slice(14, 18))
+DARK = (slice(6, 9), slice(14, 18), slice(4, 8))
+
+
+def lungs_with_three_findings() -> tuple[Tensor, Tensor, Tensor]:
+    """I_d at -0.5 with a denser, a like and a darker place that S calls lesion; in the second lies a vessel."""
+    image = torch.full((1, 1, 10, 22, 22), -0.5) + 0.05 * torch.randn(1, 1, 10, 22, 22)
+    mask = torch.full((1, 1, 10, 22, 22), 1e-4)
+    for place, value in ((DENSE, -0.3), (PLAIN, -0.5), (DARK, -0.8)):
+        image[(0, 0, *place)] = value
+        mask[(0, 0, *place)] = 0.9
+    image[0, 0, :, 5, 15] = 0.3
+    lungs = torch.zeros_like(mask)
+    lungs[..., 1:-1, 2:-2, 2:-2] = 1
+    image[lungs == 0] = 1.0
+    return image, mask, lungs
+
+
+@pytest.mark.parametrize("denser", [True, False])
+def test_lesions_are_pasted_where_they_can_be_seen(denser: bool) -> None:
+    torch.manual_seed(0)
+    image, mask, lungs = lungs_with_three_findings()
+    seen = visible_lesions(image, mask, lungs, contrast=0.05, radius=(1, 3, 3), denser=denser)
+    assert seen.shape == mask.shape
+    assert set(seen.unique().tolist()) <= {0.0, 1.0}
+    assert seen[(0, 0, *DENSE)].all()
+    assert not seen[(0, 0, *PLAIN)].any()
+    assert seen[(0, 0, *DARK)].all() == (not denser)
+    assert not visible_lesions(image, mask, lungs, contrast=0.2, radius=(1, 3, 3), denser=True)[(0, 0, *DENSE)].any()
+
+
+def test_one_channel_is_enough_to_see_a_lesion() -> None:
+    torch.manual_seed(0)
+    image, mask, lungs = lungs_with_three_findings()
+    both = torch.cat([torch.zeros_like(image), image], 1)
+    seen = visible_lesions(both, mask, lungs, contrast=0.05, radius=(1, 3, 3), denser=True)
+    assert seen.shape == mask.shape
+    assert seen[(0, 0, *DENSE)].all()
+    assert not seen[(0, 0, *PLAIN)].any()

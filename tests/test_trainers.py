@@ -322,7 +322,7 @@ def documented_ablations() -> dict[str, list[str]]:
 def test_every_documented_ablation_trains_its_terms_alone(row: str, make: Make) -> None:
     rows = documented_ablations()
     assert list(rows) == ["none", *ADDED]
-    trainer = make(pseudo_start=0.0, weight_outside=0.0, **parse_assignments(rows[row]))
+    trainer = make(pseudo_start=0.0, weight_outside=0.0, weight_suspicion=0.0, **parse_assignments(rows[row]))
     trainer.on_train_start()
     report = run_epoch(trainer)[-1]
     wanted = ON.union(*(ADDED[name] for name in list(rows)[1 : list(rows).index(row) + 1]))
@@ -431,7 +431,17 @@ def test_baseline_learns_from_healthy_volumes_only_if_asked(healthy: bool, make:
 
 
 def test_nothing_is_learnt_before_the_only_term_joins(make: Make) -> None:
-    others = ("labelled", "healthy", "mil", "outside", "adversarial", "generated", "diseased", "reconstruction")
+    others = (
+        "labelled",
+        "healthy",
+        "mil",
+        "outside",
+        "suspicion",
+        "adversarial",
+        "generated",
+        "diseased",
+        "reconstruction",
+    )
     trainer = make(pseudo_start=1.0, **{f"weight_{name}": 0.0 for name in others})
     trainer.on_train_start()
     assert trainer._pasted is None
@@ -703,7 +713,7 @@ def test_settings_of_the_checkpoint_win_and_differences_are_logged(resume: Make)
         "save_every_minutes: 10.0 -> 1e-06",
         "gallery_every_epochs: 0 -> 1",
         "lambda_s: 7.0 -> 100.0",
-        "averaged_iterations: 20 -> 4",
+        "averaged_iterations: 1 -> 4",
     ]
 
 
@@ -798,7 +808,7 @@ def test_periodic_checkpoint_of_nnunet_holds_its_own_epoch(make: Make) -> None:
 
 
 def test_pretrained_weights_are_those_of_the_segmenter_without_its_heads(make: Make, finished: Finished) -> None:
-    trainer = make(seed=9)
+    trainer = make(seed=9, averaged_iterations=4)
     trainer.initialize()
     fresh = copy.deepcopy(trainer.network.state_dict())
     load_pretrained_weights(trainer.network, str(finished.folder / "checkpoint_final.pth"))
@@ -824,7 +834,7 @@ def fine_tuned(make: Make, finished: Finished) -> Make:
 
 
 def test_fine_tuning_starts_from_all_three_networks_with_fresh_optimisers(fine_tuned: Make, finished: Finished) -> None:
-    checkpoint, trainer = finished.checkpoint("final"), fine_tuned(seed=5)
+    checkpoint, trainer = finished.checkpoint("final"), fine_tuned(seed=5, averaged_iterations=4)
     trainer.on_train_start()
     for network in (trainer.network, trainer.gasnet_step.average.module):
         assert_same(dict(network.state_dict()), dict(checkpoint["network_weights"]))
