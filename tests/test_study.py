@@ -12,7 +12,7 @@ from gasnet_nnunet.settings import load_preset
 from gasnet_nnunet.study import load_study, segmenter_names, study_names, trainer_names
 
 ADDED = {
-    *("weight_outside", "weight_suspicion", "pseudo_contrast", "pseudo_start"),
+    *("weight_outside", "pseudo_contrast", "pseudo_start"),
     *("pasted_share", "pasted_variation", "paste_strength"),
 }
 """Settings in which the defaults go beyond the paper."""
@@ -101,9 +101,7 @@ def test_ablation_changes_one_thing_at_a_time() -> None:
     assert changed.pop("no-adversary") == adversary
     assert {name for names in changed.values() for name in names} == {
         *ADDED,
-        "averaged_iterations",
-        "weight_mil",
-        "weight_pseudo",
+        *("averaged_iterations", "weight_mil", "weight_pseudo", "weight_suspicion"),
     }
     assert all(len(names) == 1 for names in changed.values())
     papers = load_preset("paper").settings

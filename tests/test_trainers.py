@@ -322,7 +322,7 @@ def documented_ablations() -> dict[str, list[str]]:
 def test_every_documented_ablation_trains_its_terms_alone(row: str, make: Make) -> None:
     rows = documented_ablations()
     assert list(rows) == ["none", *ADDED]
-    trainer = make(pseudo_start=0.0, weight_outside=0.0, weight_suspicion=0.0, **parse_assignments(rows[row]))
+    trainer = make(pseudo_start=0.0, weight_outside=0.0, **parse_assignments(rows[row]))
     trainer.on_train_start()
     report = run_epoch(trainer)[-1]
     wanted = ON.union(*(ADDED[name] for name in list(rows)[1 : list(rows).index(row) + 1]))
@@ -436,7 +436,6 @@ def test_nothing_is_learnt_before_the_only_term_joins(make: Make) -> None:
         "healthy",
         "mil",
         "outside",
-        "suspicion",
         "adversarial",
         "generated",
         "diseased",
