@@ -148,6 +148,8 @@ def loading(dataset: str, plans: str, configuration: str, device: str, iteration
 
     def load() -> None:
         next(trainer.dataloader_train)
+        if trainer._pasted is not None:
+            next(trainer._pasted)
         for _ in range(1 + settings.discriminator_steps):
             next(trainer._pairs)
 
@@ -185,6 +187,8 @@ def _prefetch(trainer: Any) -> None:
     """Keep the streams' patches at hand, so that an iteration is its compute alone."""
     batches = [next(trainer._pairs) for _ in range(2)]
     trainer._pairs = _Endless(batches)
+    if trainer._pasted is not None:
+        trainer._pasted = _Endless([next(trainer._pasted)])
     if trainer._background is not None:
         trainer._background = _Endless([next(trainer._background)])
 

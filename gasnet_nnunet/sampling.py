@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
+from batchgeneratorsv2.helpers.scalar_type import sample_scalar
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -152,15 +153,18 @@ class PairTransform:
         ]
         self.low = low
 
-    def varied(self, patch_size: Sequence[int], variation: float) -> PairTransform:
+    def varied(self, patch_size: Sequence[int], variation: float, *, mirror: bool) -> PairTransform:
         """The same intensities, with more of a geometry: see `PastedLoader`.
 
         Args:
             patch_size: (Z, Y, X)
-            variation: Share by which a patch is scaled at most.
+            variation: Half the range of scales around 1.
+            mirror: Mirror along every axis, and not only along those of nnU-Net's mirroring.
         """
         other = copy.copy(self)
-        rotation = next((t.rotation for t in self.geometry if isinstance(t, SpatialTransform)), 0.0)
+        rotation = next((t.rotation for t in self.geometry if isinstance(t, SpatialTransform) and t.p_rotation), 0.0)
+        if any(isinstance(t, Convert3DTo2DTransform) for t in self.geometry):
+            rotation = _InPlane(rotation)
         spatial = SpatialTransform(
             tuple(patch_size),
             patch_center_dist_from_border=0,
@@ -171,7 +175,8 @@ class PairTransform:
             scaling=(1 - variation, 1 + variation),
             p_synchronize_scaling_across_axes=0.5,
         )
-        other.geometry = [spatial, MirrorTransform((0, 1, 2))]
+        mirrors = [t for t in self.geometry if isinstance(t, MirrorTransform)]
+        other.geometry = [spatial, *([MirrorTransform((0, 1, 2))] if mirror else mirrors)]
         return other
 
     def __call__(self, images: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -285,9 +290,9 @@ class PastedLoader(PairLoader):
     nnU-Net's own loader gives it, regions and deep-supervision levels included.
 
     Args:
-        variation: The labelled patient is scaled by up to this share, either way, shifted by up to half of it in shares
-            of the patch size, rotated as nnU-Net rotates and mirrored along every axis, always; 0 for the augmentation
-            of all other patches.
+        variation: The labelled patient is read in steps of 1 minus to 1 plus this share of a voxel, shifted by up to
+            half of it in shares of the patch size, rotated by nnU-Net's angles, and mirrored along every axis unless
+            there are several classes of lesion, which a side may tell apart; 0 for the augmentation of other patches.
         strength: Range of the share of the lesion in the sum of lesion and healthy tissue; see
             `synthesis.paste_lesions`.
         lesions: Label values that are lesion.
@@ -300,7 +305,9 @@ class PastedLoader(PairLoader):
         super().__init__(*args, bag=False, with_diseased_mask=False, **options)
         self.names = ["diseased", "healthy", "lungs", "labels"]
         self.variation = variation
-        self.lesion_transform = self.transform.varied(self.patch_size, variation) if variation else self.transform
+        self.lesion_transform = self.transform
+        if variation:
+            self.lesion_transform = self.transform.varied(self.patch_size, variation, mirror=len(lesions) == 1)
         self.strength = strength
         self.lesions = torch.tensor(list(lesions), dtype=torch.float32)
 
@@ -355,6 +362,16 @@ def watch_patches(reader: VolumeReader, case: str, patch_size: Sequence[int], co
     starts = [patch_start(reader.masks.box(case), position, size, size) for position in positions]
     images = torch.stack([reader.image(case, start, size) + reader.low for start in starts])
     return images, torch.stack([reader.mask(case, start, size) for start in starts])
+
+
+class _InPlane:
+    """Angles for slices that are far apart: none but about the axis across them."""
+
+    def __init__(self, rotation: Any) -> None:
+        self.rotation = rotation
+
+    def __call__(self, *_: Any, dim: int, **__: Any) -> float:
+        return float(sample_scalar(self.rotation)) if dim == 0 else 0.0
 
 
 def _changes_image_only(transform: BasicTransform) -> bool:

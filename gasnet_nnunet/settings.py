@@ -84,12 +84,13 @@ class GASNetSettings:
         pseudo_ignore_above: Voxels with m above this and not above 0.5 - xi are ignored as well, instead of becoming
             background although I_ps carries some of the lesion; `None` as published.
         pseudo_contrast: What S calls lesion is pasted where it is denser than the rest of its own lungs by at least
-            this share of the intensity window (0.05 of 1500 HU are 75 HU); with another organ darker lesions count
-            too. 0 for all of it (the paper).
+            this share of the intensity window (0.05 of 1500 HU are 75 HU); without effect for other organs. 0 for all
+            of it (the paper).
         pasted_share: Share of the labelled patches in which the labelled lesions lie in a healthy volume, each moved
             and augmented in its own way: L_ps of a case whose mask is known. Not in the paper, where it is 0.
-        pasted_variation: How freely these lesions are placed: scaled by up to this share, either way, shifted by up to
-            half of it in shares of the patch size, rotated and mirrored along every axis; 0 for nnU-Net's augmentation.
+        pasted_variation: How freely these lesions are placed: read in steps of 1 minus to 1 plus this share of a voxel
+            (0.4: at 0.7 to 1.7 times their size), shifted by up to half of it in shares of the patch size, rotated, and
+            mirrored along every axis unless there are several classes of lesion; 0 for nnU-Net's augmentation.
         paste_strength: Range from which the strength of a pasted lesion is drawn, for both kinds of pasting; below 1
             the healthy tissue shines through (1 to 1: the paper, and wherever there are several classes of lesion,
             which density may tell apart).
@@ -109,8 +110,8 @@ class GASNetSettings:
         organ: What takes the place of the lungs: "lungs", "body" (for other organs in CT) or "volume" (no mask).
         rotation_degrees: Rotations are drawn from plus and minus this angle around every axis; `None` for nnU-Net's
             own range, which is 180 degrees in plane where a patch has an axis ratio above 3.
-        mirror_axes: Axes of the (Z, Y, X) patch that are mirrored in training and at test time; `None` for nnU-Net's
-            own choice (all three). Chests do not stand on their heads.
+        mirror_axes: Axes of the (Z, Y, X) patch that are mirrored in training (see `pasted_variation` too) and at test
+            time; `None` for nnU-Net's own choice (all three). Chests do not stand on their heads.
         window: Lower and upper end of each channel's intensity window in nnU-Net-normalised units, which become -1
             and 1 for G and D. `None` for the clip bounds of CTNormalization, or the 0.5 and 99.5 percentiles of the
             preprocessed data where another scheme is planned.
@@ -206,6 +207,11 @@ class GASNetSettings:
                 f"pseudo_ignore_above is {self.pseudo_ignore_above}, above 0.5 - pseudo_margin = "
                 f"{0.5 - self.pseudo_margin:g}, where voxels are ignored anyway"
             )
+
+    @property
+    def compares_contrast(self) -> bool:
+        """Whether L_ps compares lesions with the rest of their organ, which only lungs are even enough for."""
+        return bool(self.weight_pseudo and self.pseudo_contrast) and self.organ == "lungs"
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -171,7 +171,8 @@ class GASNetStep:
                     report["L_out"] = settings.weight_outside * loss
                 if settings.weight_suspicion:
                     loss = losses.suspicion_loss(logits, pair["lungs_diseased"], regions=self.task.regions)
-                    report["L_sus"] = settings.weight_suspicion * loss
+                    # As much as L_hea's finest level, which it is weighed against.
+                    report["L_sus"] = settings.weight_suspicion * self.task.level_weights[0] * loss
                 report.update(adversary.fooling_terms(pair["diseased"], self._lesion_mask(logits, pair)))
             self._backward(torch.stack([term.float() for term in report.values()]).sum())
         if pseudo_on and (logits is None or self.average is not None):
@@ -221,14 +222,14 @@ class GASNetStep:
     def pseudo_labelled(self, pair: Pair, logits: Tensor) -> tuple[Tensor, Tensor]:
         """I_ps, nnU-Net-normalised (B, C, Z, Y, X), and M_ps, from S(I_d)."""
         lesion, lungs = losses.lesion_probability(logits, regions=self.task.regions), pair["lungs"]
-        if self.settings.pseudo_contrast:
+        if self.settings.compares_contrast:
             lungs = lungs * visible_lesions(
                 self.adversary.window.to_window(pair["diseased"].float()),
                 lesion,
                 pair["lungs_diseased"],
                 contrast=self.settings.pseudo_contrast,
                 radius=[round(REGION_MM / mm) for mm in self.task.spacing],
-                denser=self.settings.organ == "lungs",
+                bag=self.settings.patches == "bag",
             )
         mask = lesion * lungs
         low, high = self.paste_strength

@@ -46,9 +46,9 @@ def soft_border(mask: Tensor) -> Tensor:
 
 
 def visible_lesions(
-    diseased: Tensor, mask: Tensor, lungs: Tensor, *, contrast: float, radius: Sequence[int], denser: bool
+    diseased: Tensor, mask: Tensor, lungs: Tensor, *, contrast: float, radius: Sequence[int], bag: bool
 ) -> Tensor:
-    """Where what S calls lesion differs from the rest of its own lungs.
+    """Where what S calls lesion is denser than the rest of its own lungs.
 
     S teaches itself by L_ps: once it calls lung tissue lesion in which nothing can be seen, pasting that tissue labels
     nothing as lesion, and the next S finds more of it.
@@ -59,21 +59,22 @@ def visible_lesions(
         lungs: Lung mask of I_d, (B, 1, Z, Y, X), 0 or 1. What of it is no lesion by M^ is compared with.
         contrast: Least difference, in shares of the window, of the mean of a lesion in a box around each voxel.
         radius: Half the box in voxels, (Z, Y, X).
-        denser: Lesions are brighter than the rest; otherwise darker ones count too.
+        bag: The batch is a bag of patches of one patient, whose lungs are compared with as a whole.
 
-    Shape: -> (B, 1, Z, Y, X), 0 or 1; 1 where any channel shows a difference
+    Shape: -> (B, 1, Z, Y, X), 0 or 1; 1 where any channel shows it, 0 where there are no lungs to compare with
     """
     rest = lungs * (mask < 0.5)
-    usual = (diseased * rest).sum((2, 3, 4), keepdim=True) / rest.sum((2, 3, 4), keepdim=True).clamp(min=1)
+    over = (0, 2, 3, 4) if bag else (2, 3, 4)
+    voxels = rest.sum(over, keepdim=True)
+    usual = (diseased * rest).sum(over, keepdim=True) / voxels.clamp(min=1)
     weighted, weight = diseased * mask, mask
-    for axis, voxels in enumerate(radius):
-        window = [2 * voxels + 1 if other == axis else 1 for other in range(3)]
+    for axis, half in enumerate(radius):
+        window = [2 * half + 1 if other == axis else 1 for other in range(3)]
         padding = [n // 2 for n in window]
         weighted, weight = (functional.avg_pool3d(x, window, stride=1, padding=padding) for x in (weighted, weight))
     difference = weighted / weight.clamp(min=torch.finfo(weight.dtype).tiny) - usual
-    if not denser:
-        difference = difference.abs()
-    return (difference > 2 * contrast).any(1, keepdim=True).to(mask.dtype)
+    # The window is 2 wide.
+    return ((difference > 2 * contrast).any(1, keepdim=True) & (voxels > 0)).to(mask.dtype)
 
 
 def pseudo_label(

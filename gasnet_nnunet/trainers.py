@@ -61,6 +61,10 @@ ATTRIBUTES = {
 """nnU-Net's attribute for a setting of ours."""
 
 
+NOT_YET = {"pseudo_contrast": 0.0, "pasted_variation": 0.0}
+"""How a checkpoint was trained that does not hold these settings: every one holds all that there were."""
+
+
 class GASNetTrainer(nnUNetTrainer):
     """Trains nnU-Net's segmenter by GASNet from few voxel-labelled and many volume-labelled cases (Algorithm 1).
 
@@ -382,7 +386,7 @@ class GASNetTrainer(nnUNetTrainer):
             settings.restore_within_organ
             or settings.weight_outside
             or settings.weight_suspicion
-            or (settings.weight_pseudo and settings.pseudo_contrast)
+            or settings.compares_contrast
         )
 
     def _pasted_patches(self) -> int:
@@ -677,15 +681,18 @@ class GASNetTrainer(nnUNetTrainer):
         self.adversary.load_state_dict(state["adversary"])
         self.best_epoch.load_state_dict(state["best_epoch"])
         if average is not None:
-            # A checkpoint of a version that did not average holds S alone: the average begins with it.
+            # A checkpoint without an average holds S alone: the average begins with it.
             average.module.load_state_dict(checkpoint["network_weights"])
             average.n_averaged.fill_(state.get("averaged", 0))
-            plain_module(self.network).load_state_dict(state.get("segmenter", checkpoint["network_weights"]))
+        plain_module(self.network).load_state_dict(state.get("segmenter", checkpoint["network_weights"]))
         self._restored = True
         self._seed(self.current_epoch)
 
     def _adopt_settings(self, plans: dict[str, Any]) -> None:
-        stored = self._settings_of(copy.deepcopy(plans), self.configuration_name)
+        plans = copy.deepcopy(plans)
+        configuration = plans["configurations"][self.configuration_name]
+        configuration[PLANS_KEY] = {**NOT_YET, **configuration.get(PLANS_KEY, {})}
+        stored = self._settings_of(plans, self.configuration_name)
         # A window that was measured stands in the checkpoint alone.
         mine = self.settings if self.settings.window else self.settings.replace(window=stored.window)
         differences = mine.differences(stored)

@@ -590,7 +590,7 @@ def test_pasted_lesions_come_to_lie_in_many_places_and_sizes(labelled: VolumeRea
 def test_a_varied_lesion_and_its_mask_move_together() -> None:
     size = (10, 16, 16)
     low = torch.zeros(1, 1, 1, 1)
-    pair = PairTransform(nnunets(size), low).varied(size, 0.4)
+    pair = PairTransform(nnunets(size), low).varied(size, 0.4, mirror=True)
     pair.intensity = []
     seed(0)
     lesion = torch.zeros(1, *size)
@@ -607,6 +607,27 @@ def test_a_varied_lesion_and_its_mask_move_together() -> None:
         weight = first.narrow(axis, 0, half).sum((1, 2, 3, 4)) - first.narrow(axis, half, half).sum((1, 2, 3, 4))
         assert (weight > 0).any()
         assert (weight < 0).any()
+
+
+def test_slices_that_are_far_apart_are_not_tipped() -> None:
+    size = (12, 32, 32)
+    bar = torch.zeros(1, *size)
+    bar[:, 5:7, 4:28, 14:18] = 1.0
+
+    def most_slices(dummy_2d: bool) -> int:
+        pair = PairTransform(nnunets(size, dummy_2d=dummy_2d, degrees=30), torch.zeros(1, 1, 1, 1))
+        pair = pickle.loads(pickle.dumps(pair.varied(size, 0.01, mirror=False)))
+        pair.intensity = []
+        seed(0)
+        return max(int((pair([bar], [bar])[1][0].amax((0, 2, 3)) > 0).sum()) for _ in range(20))
+
+    assert most_slices(True) <= 3 < most_slices(False)
+
+
+def test_sides_tell_classes_apart_where_nnunet_does_not_mirror() -> None:
+    pair = PairTransform(nnunets((8, 8, 8), mirror=()), torch.zeros(1, 1, 1, 1))
+    kinds = [type(t).__name__ for t in pair.varied((8, 8, 8), 0.4, mirror=False).geometry]
+    assert kinds == ["SpatialTransform"]
 
 
 def test_pasted_targets_have_the_form_of_nnunets_own(labelled: VolumeReader) -> None:

@@ -219,24 +219,43 @@ def lungs_with_three_findings() -> tuple[Tensor, Tensor, Tensor]:
     return image, mask, lungs
 
 
-@pytest.mark.parametrize("denser", [True, False])
-def test_lesions_are_pasted_where_they_can_be_seen(denser: bool) -> None:
+def seen_in(image: Tensor, mask: Tensor, lungs: Tensor, contrast: float = 0.05, *, bag: bool = False) -> Tensor:
+    return visible_lesions(image, mask, lungs, contrast=contrast, radius=(1, 3, 3), bag=bag)
+
+
+def test_lesions_are_pasted_where_they_can_be_seen() -> None:
     torch.manual_seed(0)
     image, mask, lungs = lungs_with_three_findings()
-    seen = visible_lesions(image, mask, lungs, contrast=0.05, radius=(1, 3, 3), denser=denser)
+    seen = seen_in(image, mask, lungs)
     assert seen.shape == mask.shape
     assert set(seen.unique().tolist()) <= {0.0, 1.0}
     assert seen[(0, 0, *DENSE)].all()
     assert not seen[(0, 0, *PLAIN)].any()
-    assert seen[(0, 0, *DARK)].all() == (not denser)
-    assert not visible_lesions(image, mask, lungs, contrast=0.2, radius=(1, 3, 3), denser=True)[(0, 0, *DENSE)].any()
+    assert not seen[(0, 0, *DARK)].any()
+    assert not seen_in(image, mask, lungs, contrast=0.2)[(0, 0, *DENSE)].any()
 
 
 def test_one_channel_is_enough_to_see_a_lesion() -> None:
     torch.manual_seed(0)
     image, mask, lungs = lungs_with_three_findings()
-    both = torch.cat([torch.zeros_like(image), image], 1)
-    seen = visible_lesions(both, mask, lungs, contrast=0.05, radius=(1, 3, 3), denser=True)
+    seen = seen_in(torch.cat([torch.zeros_like(image), image], 1), mask, lungs)
     assert seen.shape == mask.shape
     assert seen[(0, 0, *DENSE)].all()
     assert not seen[(0, 0, *PLAIN)].any()
+
+
+def test_a_bag_is_compared_with_all_lungs_of_its_patient() -> None:
+    torch.manual_seed(0)
+    image, mask, lungs = lungs_with_three_findings()
+    full, found = torch.full_like(image, -0.3), torch.full_like(mask, 0.9)  # a patch that is all lesion,
+    found[..., :2] = 1e-4  # but for what S leaves out at its border
+    patches = torch.cat([image, image, full]), torch.cat([mask, mask, found]), torch.cat([lungs, lungs, lungs])
+    assert not seen_in(*patches)[2].any()
+    assert seen_in(*patches, bag=True)[2].all()
+    assert not seen_in(*patches, bag=True)[(0, 0, *PLAIN)].any()
+
+
+def test_nothing_is_seen_without_lungs_to_compare_with() -> None:
+    image, mask, lungs = lungs_with_three_findings()
+    assert not seen_in(image, mask, torch.zeros_like(lungs)).any()
+    assert not seen_in(image, torch.full_like(mask, 0.9), lungs).any()

@@ -350,7 +350,7 @@ def test_networks_without_a_use_are_not_built(
 
 
 def test_step_reports_the_same_names_before_and_after_pseudo_labels(make: Make) -> None:
-    trainer = make(num_epochs=1, iterations_per_epoch=2, pseudo_start=0.5)
+    trainer = make(num_epochs=1, iterations_per_epoch=2, pseudo_start=0.5, weight_suspicion=0.05)
     trainer.on_train_start()
     early, late = run_epoch(trainer)
     assert list(early) == list(late) == ["loss", *STEP_COLUMNS]
@@ -449,6 +449,30 @@ def test_nothing_is_learnt_before_the_only_term_joins(make: Make) -> None:
     assert all(torch.equal(before[name], value) for name, value in trainer.network.state_dict().items())
 
 
+def test_pseudo_labels_leave_out_what_cannot_be_seen(make: Make) -> None:
+    trainer = make()
+    trainer.initialize()
+    step, low = trainer.gasnet_step, trainer.window.low.view(1, -1, 1, 1, 1)
+    dense, plain = (0, slice(None), slice(3, 6), slice(4, 10), slice(4, 10)), (0, slice(None), slice(3, 6), 20, 20)
+    diseased = torch.zeros(1, 1, 12, 32, 32) + low + 0.2
+    diseased[dense] += 1.0
+    logits = torch.zeros(1, 2, 12, 32, 32)
+    logits[:, 0] = 6.0
+    for place in (dense, plain):
+        logits[(0, slice(1, 2), *place[2:])] = 12.0
+    lungs = torch.ones(1, 1, 12, 32, 32)
+    pair = {"diseased": diseased, "healthy": diseased - 0.1, "lungs": lungs, "lungs_diseased": lungs}
+    image, label = step.pseudo_labelled(pair, logits)
+    assert (label[dense] == 1).all()
+    assert (label[plain] == 0).all()
+    torch.testing.assert_close(image[plain], pair["healthy"][plain])
+    step.settings = step.settings.replace(pseudo_contrast=0.0)
+    image, label = step.pseudo_labelled(pair, logits)
+    assert (label[dense] == 1).all()
+    assert (label[plain] == 1).all()
+    assert (image[plain] > pair["healthy"][plain]).all()
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -533,7 +557,8 @@ def finished(datasets: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     root, results = datasets("one class"), tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as environment:
         use_folders(environment, root, results)
-        trainer = build(root, "one class", gallery_every_epochs=1, save_every_minutes=1e-6, averaged_iterations=4)
+        options = {"gallery_every_epochs": 1, "save_every_minutes": 1e-6, "weight_suspicion": 0.05}
+        trainer = build(root, "one class", averaged_iterations=4, **options)
         folder = Path(trainer.output_folder)
         leftover = folder / ".checkpoint_best.pth.tmp"
         leftover.write_bytes(b"half a checkpoint")
@@ -712,8 +737,22 @@ def test_settings_of_the_checkpoint_win_and_differences_are_logged(resume: Make)
         "save_every_minutes: 10.0 -> 1e-06",
         "gallery_every_epochs: 0 -> 1",
         "lambda_s: 7.0 -> 100.0",
+        "weight_suspicion: 0.0 -> 0.05",
         "averaged_iterations: 1 -> 4",
     ]
+
+
+def test_a_checkpoint_goes_on_without_what_came_after_it(resume: Make, finished: Finished, tmp_path: Path) -> None:
+    checkpoint = finished.checkpoint("final")
+    entry = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["gasnet"]
+    for name in ("pseudo_contrast", "pasted_variation"):
+        assert entry.pop(name) > 0
+    older = tmp_path / "older.pth"
+    torch.save(checkpoint, older)
+    trainer = resume()
+    trainer.was_initialized = False
+    trainer.load_checkpoint(str(older))
+    assert (trainer.settings.pseudo_contrast, trainer.settings.pasted_variation) == (0, 0)
 
 
 def test_measured_window_is_no_difference(make: Make, tmp_path: Path) -> None:
