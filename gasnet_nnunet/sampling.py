@@ -7,7 +7,6 @@ that D cannot tell the pools apart by how they were augmented.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
-from batchgeneratorsv2.helpers.scalar_type import sample_scalar
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -153,32 +151,6 @@ class PairTransform:
         ]
         self.low = low
 
-    def varied(self, patch_size: Sequence[int], variation: float, *, mirror: bool) -> PairTransform:
-        """The same intensities, with more of a geometry: see `PastedLoader`.
-
-        Args:
-            patch_size: (Z, Y, X)
-            variation: Half the range of scales around 1.
-            mirror: Mirror along every axis, and not only along those of nnU-Net's mirroring.
-        """
-        other = copy.copy(self)
-        rotation = next((t.rotation for t in self.geometry if isinstance(t, SpatialTransform) and t.p_rotation), 0.0)
-        if any(isinstance(t, Convert3DTo2DTransform) for t in self.geometry):
-            rotation = _InPlane(rotation)
-        spatial = SpatialTransform(
-            tuple(patch_size),
-            patch_center_dist_from_border=0,
-            random_crop=False,
-            p_rotation=1,
-            rotation=rotation,
-            p_scaling=1,
-            scaling=(1 - variation, 1 + variation),
-            p_synchronize_scaling_across_axes=0.5,
-        )
-        mirrors = [t for t in self.geometry if isinstance(t, MirrorTransform)]
-        other.geometry = [spatial, *([MirrorTransform((0, 1, 2))] if mirror else mirrors)]
-        return other
-
     def __call__(self, images: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Augment images (offset by `low`, as `VolumeReader.image` gives them) and their masks.
 
@@ -285,29 +257,19 @@ class PastedLoader(PairLoader):
     """Endless stream of labelled lesions in healthy volumes: I_ps of the voxel-labelled cases, whose mask is known.
 
     The labelled patient and the healthy one are augmented each in its own way, so that a lesion comes to lie in many
-    places of many lungs, in many sizes: nothing but the lesion is seen of the labelled patient, who may be turned over
-    and stretched farther than a chest. A batch holds "data" (B, C, Z, Y, X), nnU-Net-normalised, and "target" as
-    nnU-Net's own loader gives it, regions and deep-supervision levels included.
+    places of many lungs. A batch holds "data" (B, C, Z, Y, X), nnU-Net-normalised, and "target" as nnU-Net's own loader
+    gives it, regions and deep-supervision levels included.
 
     Args:
-        variation: The labelled patient is read in steps of 1 minus to 1 plus this share of a voxel, shifted by up to
-            half of it in shares of the patch size, rotated by nnU-Net's angles, and mirrored along every axis unless
-            there are several classes of lesion, which a side may tell apart; 0 for the augmentation of other patches.
         strength: Range of the share of the lesion in the sum of lesion and healthy tissue; see
             `synthesis.paste_lesions`.
         lesions: Label values that are lesion.
         **options: As in `PairLoader`; `diseased` are the voxel-labelled cases.
     """
 
-    def __init__(
-        self, *args: Any, variation: float, strength: tuple[float, float], lesions: Sequence[int], **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, strength: tuple[float, float], lesions: Sequence[int], **options: Any) -> None:
         super().__init__(*args, bag=False, with_diseased_mask=False, **options)
         self.names = ["diseased", "healthy", "lungs", "labels"]
-        self.variation = variation
-        self.lesion_transform = self.transform
-        if variation:
-            self.lesion_transform = self.transform.varied(self.patch_size, variation, mirror=len(lesions) == 1)
         self.strength = strength
         self.lesions = torch.tensor(list(lesions), dtype=torch.float32)
 
@@ -334,9 +296,7 @@ class PastedLoader(PairLoader):
     def _pair(self, case_d: str, case_h: str, position: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, ...]:
         reader: VolumeReader = self._data
         start_d, start_h = self._starts(case_d, case_h, position, shift)
-        aside = np.random.uniform(-self.variation / 2, self.variation / 2, size=3)
-        start_d = [start + round(share * n) for start, share, n in zip(start_d, aside, self.patch_size, strict=True)]
-        diseased, labels = self.lesion_transform(
+        diseased, labels = self.transform(
             [reader.image(case_d, start_d, self.read_size)], [reader.label(case_d, start_d, self.read_size)]
         )
         healthy, lungs = self.transform(
@@ -362,16 +322,6 @@ def watch_patches(reader: VolumeReader, case: str, patch_size: Sequence[int], co
     starts = [patch_start(reader.masks.box(case), position, size, size) for position in positions]
     images = torch.stack([reader.image(case, start, size) + reader.low for start in starts])
     return images, torch.stack([reader.mask(case, start, size) for start in starts])
-
-
-class _InPlane:
-    """Angles for slices that are far apart: none but about the axis across them."""
-
-    def __init__(self, rotation: Any) -> None:
-        self.rotation = rotation
-
-    def __call__(self, *_: Any, dim: int, **__: Any) -> float:
-        return float(sample_scalar(self.rotation)) if dim == 0 else 0.0
 
 
 def _changes_image_only(transform: BasicTransform) -> bool:

@@ -88,9 +88,6 @@ class GASNetSettings:
             of it (the paper).
         pasted_share: Share of the labelled patches in which the labelled lesions lie in a healthy volume, each moved
             and augmented in its own way: L_ps of a case whose mask is known. Not in the paper, where it is 0.
-        pasted_variation: How freely these lesions are placed: read in steps of 1 minus to 1 plus this share of a voxel
-            (0.4: at 0.7 to 1.7 times their size), shifted by up to half of it in shares of the patch size, rotated, and
-            mirrored along every axis unless there are several classes of lesion; 0 for nnU-Net's augmentation.
         paste_strength: Range from which the strength of a pasted lesion is drawn, for both kinds of pasting; below 1
             the healthy tissue shines through (1 to 1: the paper, and wherever there are several classes of lesion,
             which density may tell apart).
@@ -110,8 +107,8 @@ class GASNetSettings:
         organ: What takes the place of the lungs: "lungs", "body" (for other organs in CT) or "volume" (no mask).
         rotation_degrees: Rotations are drawn from plus and minus this angle around every axis; `None` for nnU-Net's
             own range, which is 180 degrees in plane where a patch has an axis ratio above 3.
-        mirror_axes: Axes of the (Z, Y, X) patch that are mirrored in training (see `pasted_variation` too) and at test
-            time; `None` for nnU-Net's own choice (all three). Chests do not stand on their heads.
+        mirror_axes: Axes of the (Z, Y, X) patch that are mirrored in training and at test time; `None` for nnU-Net's
+            own choice (all three). Chests do not stand on their heads.
         window: Lower and upper end of each channel's intensity window in nnU-Net-normalised units, which become -1
             and 1 for G and D. `None` for the clip bounds of CTNormalization, or the 0.5 and 99.5 percentiles of the
             preprocessed data where another scheme is planned.
@@ -169,7 +166,6 @@ class GASNetSettings:
     pseudo_ignore_above: Fraction | None = None
     pseudo_contrast: Fraction = 0.05
     pasted_share: Fraction = 0.5
-    pasted_variation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
     paste_strength: tuple[Fraction, Fraction] = (0.5, 1.0)
     averaged_iterations: Count = 1
 

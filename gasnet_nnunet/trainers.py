@@ -61,8 +61,8 @@ ATTRIBUTES = {
 """nnU-Net's attribute for a setting of ours."""
 
 
-NOT_YET = {"pseudo_contrast": 0.0, "pasted_variation": 0.0}
-"""How a checkpoint was trained that does not hold these settings: every one holds all that there were."""
+NOT_YET = {"pseudo_contrast": 0.0}
+"""How a checkpoint was trained that does not hold this setting: every one holds all that there were."""
 
 
 class GASNetTrainer(nnUNetTrainer):
@@ -335,7 +335,6 @@ class GASNetTrainer(nnUNetTrainer):
                     cases.train,
                     cases.healthy,
                     batch_size=self._pasted_patches(),
-                    variation=settings.pasted_variation,
                     strength=self.gasnet_step.paste_strength,
                     lesions=self.gasnet_step.task.lesions,
                     **options,
