@@ -215,7 +215,7 @@ def log_of(trainer: Any) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_way_of_labelling_trains(layout: str, make: Make, tmp_path: Path) -> None:
-    trainer = make(layout, pseudo_start=0.0)
+    trainer = make(layout, pseudo_start=0.0, weight_suspicion=0.05)
     trainer.on_train_start()
     before = weights(trainer.network)
     outputs = run_epoch(trainer)
