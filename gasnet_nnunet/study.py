@@ -62,7 +62,7 @@ class Arm(_Part):
         equal_time_with: Arm whose measured training time this one gets, in updates at the speed of the arm that it is
             `like`.
         init_from: Arm whose model on the same cases the training goes on from, with S, G and D.
-        volumes: Patterns of the volume-level cases that it learns from; all of the fold if left out.
+        volumes: Patterns of the volume-level cases that it learns from; those of the study if left out.
         masks: Numbers of masks, if it is not run with all of the study's.
     """
 
@@ -152,6 +152,8 @@ class Study(_Part):
         truth: Folder of masks for test cases whose label file does not hold one.
         lungs: Folder of lung masks of the test cases; those of the dataset, or computed ones, if left out.
         labelled: Patterns of cases whose masks may be learnt from; all that are not tested if left out.
+        volumes: Patterns of the volume-level cases that the arms learn from, unless they say so themselves; all that
+            are not tested if left out.
         groups: Cases to be kept together.
         subsets: Patterns of test cases that the tables show apart, by name.
         reference: Arm that the others are compared with, case by case; the first if left out.
@@ -177,6 +179,7 @@ class Study(_Part):
     truth: Path | None = None
     lungs: Path | None = None
     labelled: tuple[str, ...] | None = None
+    volumes: tuple[str, ...] | None = None
     groups: Groups | None = None
     subsets: dict[str, str] = Field(default_factory=dict)
     reference: str | None = None
@@ -208,6 +211,10 @@ class Study(_Part):
     def masks_of(self, arm: str) -> tuple[int, ...]:
         """Numbers of masks that an arm is run with."""
         return self.arms[arm].masks or self.masks
+
+    def volumes_of(self, arm: str) -> tuple[str, ...] | None:
+        """Patterns of the volume-level cases that an arm learns from; `None` for all of the fold."""
+        return self.volumes if self.arms[arm].volumes is None else self.arms[arm].volumes
 
     def settings_of(self, arm: str, base: Mapping[str, Any]) -> GASNetSettings:
         """Settings of an arm.

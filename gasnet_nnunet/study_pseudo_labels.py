@@ -45,7 +45,7 @@ def label_dataset(
     raw, preprocessed = folder / "nnUNet_raw" / name, folder / "nnUNet_preprocessed" / name
     for old in (raw, preprocessed):
         shutil.rmtree(old, ignore_errors=True)
-    entry = run.deal.entry(workspace.study.arms[run.arm].volumes)
+    entry = run.deal.entry(workspace.study.volumes_of(run.arm))
     found = [case for case in entry["diseased"] if _shows_lesion(folder / "predicted" / f"{case}{workspace.ending}")]
     environment = {
         **workspace.environment,

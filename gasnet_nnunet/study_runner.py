@@ -256,7 +256,7 @@ class _Chain:
         workspace, run = self.workspace, self.run
         folder = workspace.fold_folder(run, plans_name)
         plans = workspace.with_settings(run.arm, num_epochs=epochs, **(self._start() if name == "train" else {}))
-        entry = run.deal.entry(self.arm.volumes)
+        entry = run.deal.entry(self.study.volumes_of(run.arm))
         command = (
             *("nnUNetv2_train", workspace.dataset.name, self.study.configuration, str(run.number)),
             *("-tr", self.arm.trainer, "-p", plans_name, "-device", self.device),
@@ -292,7 +292,7 @@ class _Chain:
         return self._prediction("predict", model, tests.folder / "images", out, tests)
 
     def _predict_diseased(self, model: Model, folder: Path, number: int) -> Step:
-        cases = self.run.deal.entry(self.arm.volumes)["diseased"]
+        cases = self.run.deal.entry(self.study.volumes_of(self.run.arm))["diseased"]
         images = folder.parent / "images"
 
         def link_images() -> None:

@@ -117,7 +117,7 @@ class Workspace:
         for deal in self.deals:
             for arm in self.study.ordered_arms():
                 if deal.masks in self.study.masks_of(arm):
-                    runs.append(Run(arm, deal, self._numbers[_digest(deal.entry(self.study.arms[arm].volumes))]))
+                    runs.append(Run(arm, deal, self._numbers[_digest(deal.entry(self.study.volumes_of(arm)))]))
         return runs
 
     @property
@@ -368,8 +368,8 @@ class Workspace:
         folds: list[dict[str, Any]] = list(read_json(path)["folds"]) if path.is_file() else []
         digests = [_digest(fold) for fold in folds]
         for deal in self.deals:
-            for arm in self.study.arms.values():
-                entry = deal.entry(arm.volumes)
+            for arm in self.study.arms:
+                entry = deal.entry(self.study.volumes_of(arm))
                 if _digest(entry) not in digests:
                     folds.append(entry)
                     digests.append(_digest(entry))

@@ -108,6 +108,14 @@ def test_ablation_changes_one_thing_at_a_time() -> None:
     assert study.settings_of("paper", papers.to_dict()) == papers
 
 
+def test_volumes_of_the_study_are_those_of_the_arms_that_name_none(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(WHOLE.replace("gasnet: {", 'gasnet: {volumes: ["b_*"], '), encoding="utf-8")
+    everything, some = load_study(str(file)), load_study(str(file), {"volumes": ["a_*"]})
+    assert [study.volumes_of("healthy") for study in (everything, some)] == [None, ("a_*",)]
+    assert [study.volumes_of("gasnet") for study in (everything, some)] == [("b_*",), ("b_*",)]
+
+
 def test_command_line_narrows_the_numbers_of_masks() -> None:
     study = load_study("one-mask", {"dataset": 501, "masks": [1]})
     assert all(study.masks_of(arm) == (1,) for arm in study.arms)
