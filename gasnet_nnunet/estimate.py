@@ -64,10 +64,11 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
     """Count the passes of Algorithm 1, averaged over the training.
 
     S+G update: S on I_l, I_h and I_d, and on I_ps once it has joined; G on I_d and I_h; D on I_s and I_g.
-    The average of S looks at I_d before L_ps. Each D update: S and G forward on I_d; D on I_h, I_s, I_d and I_g.
+    The average of S, where there is one, looks at I_d before L_ps. Each D update: S and G forward on I_d; D on I_h,
+    I_s, I_d and I_g.
 
     Examples:
-        >>> passes_per_iteration(GASNetSettings(discriminator_steps=3, averaged_iterations=1), batch_size=2)
+        >>> passes_per_iteration(GASNetSettings(discriminator_steps=3), batch_size=2)
         Passes(segmenter=9.5, generator=6.0, discriminator=28.0)
     """
     volumes = settings.volumes_per_step or batch_size

@@ -70,8 +70,8 @@ class GASNetSettings:
         outside_margin_mm: Distance from the lungs in mm up to which L_out says nothing, because a consolidation may
             have been taken for the chest wall when the lungs were found.
         weight_suspicion: Weight of L_sus, by which every voxel in the lungs of I_d counts as lesion. Against L_hea it
-            makes M^ rise for what diseased volumes show 1 / `weight_suspicion` times as often as healthy ones (0.05 is
-            a start). Off, because what the few healthy volumes do not show becomes lesion as well.
+            makes M^ rise for what diseased volumes show about 1 / `weight_suspicion` times as often as healthy ones
+            (0.05 is a start). Off, because what the few healthy volumes do not show becomes lesion as well.
         weight_adversarial: Weight of `BCE(D(I_s), 0)` in the S+G step; 0 takes I_s out of D's step as well.
         weight_generated: Weight of L_IgToD, in the S+G step and in D's step.
         weight_diseased: Weight of L_IdToD in D's step.
