@@ -68,22 +68,18 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
     I_s, I_d and I_g.
 
     Examples:
-        >>> passes_per_iteration(GASNetSettings(discriminator_steps=3, labelled_iterations=0), batch_size=2)
+        >>> passes_per_iteration(GASNetSettings(discriminator_steps=3), batch_size=2)
         Passes(segmenter=9.5, generator=6.0, discriminator=28.0)
     """
+    volumes = settings.volumes_per_step or batch_size
     g, d = needs_generator(settings), needs_discriminator(settings)
     d_updates = settings.discriminator_steps if d else 0
     adversarial, generated = bool(settings.weight_adversarial), bool(settings.weight_generated)
     pseudo = 1 + FORWARD * (settings.averaged_iterations > 1)
-    iterations = settings.num_epochs * settings.iterations_per_epoch
-    # All that is not L_lab happens in this share of the iterations.
-    share = 1 - settings.labelled_alone(iterations) / iterations
-    pseudo *= bool(settings.weight_pseudo) * min(1.0, (1 - settings.pseudo_start) / share)
-    volumes = share * (settings.volumes_per_step or batch_size)
     segmenter = batch_size * bool(settings.weight_labelled) + volumes * (
         bool(settings.weight_healthy)
         + bool(settings.weight_mil or settings.weight_outside or settings.weight_suspicion or adversarial)
-        + pseudo
+        + bool(settings.weight_pseudo) * (1 - settings.pseudo_start) * pseudo
         + d_updates * adversarial * FORWARD
     )
     generator = volumes * (d + bool(settings.weight_reconstruction) + d_updates * FORWARD) if g else 0.0

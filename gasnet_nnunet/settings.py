@@ -79,10 +79,6 @@ class GASNetSettings:
         reconstruction_loss: Mean squared error (the paper) or mean absolute error (the authors' code).
         restore_within_organ: Multiply M^ by the lung mask of the diseased volume in I_s (the authors' code; not the
             paper).
-        labelled_iterations: Iterations at the beginning in which S learns L_lab alone, because a network that has never
-            seen a lesion first learns from L_hea and L_out to call nothing one; at most a fifth of the training. 0 for
-            all terms from the start (the paper). Without effect where there is no L_lab or where the training goes on
-            from a model (`init_from`).
         pseudo_start: Fraction of the training after which L_ps joins (paper: 7,000 of 14,000 iterations).
         pseudo_margin: The paper's xi: M_ps is lesion from 0.5 + xi on, background up to 0.5 - xi, ignored between.
         pseudo_ignore_above: Voxels with m above this and not above 0.5 - xi are ignored as well, instead of becoming
@@ -165,7 +161,6 @@ class GASNetSettings:
     reconstruction_loss: Literal["mse", "l1"] = "mse"
     restore_within_organ: bool = False
 
-    labelled_iterations: Annotated[int, Field(ge=0)] = 60
     pseudo_start: Fraction = 0.25
     pseudo_margin: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.3
     pseudo_ignore_above: Fraction | None = None
@@ -213,11 +208,6 @@ class GASNetSettings:
     def compares_contrast(self) -> bool:
         """Whether L_ps compares lesions with the rest of their organ, which only lungs are even enough for."""
         return bool(self.weight_pseudo and self.pseudo_contrast) and self.organ == "lungs"
-
-    def labelled_alone(self, iterations: int) -> int:
-        """In how many of so many iterations S learns L_lab alone."""
-        waits = self.weight_labelled and self.init_from is None
-        return min(self.labelled_iterations, iterations // 5) if waits else 0
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -61,8 +61,8 @@ ATTRIBUTES = {
 """nnU-Net's attribute for a setting of ours."""
 
 
-NOT_YET = {"pseudo_contrast": 0.0, "labelled_iterations": 0}
-"""How a checkpoint was trained that does not hold such a setting: every one holds all that there were."""
+NOT_YET = {"pseudo_contrast": 0.0}
+"""How a checkpoint was trained that does not hold this setting: every one holds all that there were."""
 
 
 class GASNetTrainer(nnUNetTrainer):
@@ -516,8 +516,7 @@ class GASNetTrainer(nnUNetTrainer):
             if self._pasted is not None:
                 batch = _with_last_replaced(batch, next(self._pasted))
             report.update(step.labelled_term(self._to_device(batch["data"]), self._to_device(batch["target"])))
-        volumes_on = self._volumes_on()
-        if self._needs_pairs() and volumes_on:
+        if self._needs_pairs():
             pair = self._next_pair()
             if settings.weight_healthy:
                 outside = self._background is not None and np.random.uniform() < settings.healthy_outside
@@ -526,8 +525,7 @@ class GASNetTrainer(nnUNetTrainer):
                 )
             report.update(step.diseased_terms(pair, pseudo_on=self._pseudo_on()))
         step.step()
-        if volumes_on:
-            report.update(step.train_discriminator(self._next_pair))
+        report.update(step.train_discriminator(self._next_pair))
         self._iterations_done += 1
         return as_numbers(report)
 
@@ -540,20 +538,11 @@ class GASNetTrainer(nnUNetTrainer):
             return [self._to_device(item) for item in value]
         return value.to(self.device, non_blocking=True)
 
-    def _progress(self) -> tuple[int, int]:
-        """Iterations done and iterations of the whole training, which schedules follow."""
-        epoch = self.num_iterations_per_epoch
-        return self.current_epoch * epoch + self._iterations_done, self.num_epochs * epoch
-
-    def _volumes_on(self) -> bool:
-        """Whether the terms on volume-level patches have joined."""
-        done, total = self._progress()
-        return done >= self.settings.labelled_alone(total)
-
     def _pseudo_on(self) -> bool:
-        """Whether L_ps has joined."""
-        done, total = self._progress()
-        return bool(self.settings.weight_pseudo) and done / total >= self.settings.pseudo_start
+        """Whether L_ps has joined; schedules follow the share of the training that is done."""
+        iterations = self.current_epoch * self.num_iterations_per_epoch + self._iterations_done
+        fraction = iterations / (self.num_epochs * self.num_iterations_per_epoch)
+        return bool(self.settings.weight_pseudo) and fraction >= self.settings.pseudo_start
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
         """nnU-Net's, and the mean of each loss over the epoch."""

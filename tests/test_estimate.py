@@ -47,20 +47,14 @@ def configuration(patch: tuple[int, int, int] = (8, 16, 16), batch_size: int = 2
 def test_formula_of_the_docs() -> None:
     b, v, k, start = 3, 2, 5, 0.25
 
-    settings = GASNetSettings(
-        volumes_per_step=v, discriminator_steps=k, pseudo_start=start, labelled_iterations=0, num_epochs=1
-    )
+    settings = GASNetSettings(volumes_per_step=v, discriminator_steps=k, pseudo_start=start)
     passes = passes_per_iteration(settings, b)
-    waiting = passes_per_iteration(settings.replace(labelled_iterations=50), b)
     averaged = passes_per_iteration(settings.replace(averaged_iterations=20), b)
 
     assert passes.segmenter == pytest.approx(b + 2 * v + v * (1 - start) + k * v / 3)
     assert averaged.segmenter == pytest.approx(passes.segmenter + v * (1 - start) / 3)
     assert passes.generator == pytest.approx(2 * v + k * v / 3)
     assert passes.discriminator == pytest.approx(2 * v + 4 * k * v)
-    # L_ps joins after the others in any case.
-    assert waiting.segmenter == pytest.approx(b + 0.8 * (2 * v + k * v / 3) + v * (1 - start))
-    assert waiting.generator == pytest.approx(0.8 * passes.generator)
 
 
 def test_terms_that_are_off_cost_nothing() -> None:

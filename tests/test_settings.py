@@ -69,7 +69,7 @@ def test_the_paper_preset_has_the_numbers_of_the_paper_and_nothing_else() -> Non
     assert weights.pop("weight_suspicion") == GASNetSettings().weight_suspicion == 0
     assert set(weights.values()) == {1.0}
     assert (settings.pasted_share, settings.paste_strength) == (0, (1, 1))
-    assert (settings.pseudo_contrast, settings.averaged_iterations, settings.labelled_iterations) == (0, 1, 0)
+    assert (settings.pseudo_contrast, settings.averaged_iterations) == (0, 1)
     assert not settings.restore_within_organ
 
 

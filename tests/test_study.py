@@ -12,7 +12,7 @@ from gasnet_nnunet.settings import load_preset
 from gasnet_nnunet.study import load_study, segmenter_names, study_names, trainer_names
 
 ADDED = {
-    *("weight_outside", "pseudo_contrast", "pseudo_start", "labelled_iterations"),
+    *("weight_outside", "pseudo_contrast", "pseudo_start"),
     *("pasted_share", "paste_strength"),
 }
 """Settings in which the defaults go beyond the paper."""

@@ -359,31 +359,6 @@ def test_step_reports_the_same_names_before_and_after_pseudo_labels(make: Make) 
     assert {name for name in early if math.isnan(early[name])} == {"L_ps"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "alone"),
-    [
-        ({"labelled_iterations": 1}, 1),
-        ({"labelled_iterations": 0}, 0),
-        ({"labelled_iterations": 100}, 2),
-        ({"labelled_iterations": 1, "weight_labelled": 0}, 0),
-    ],
-)
-def test_volume_level_terms_wait_for_the_first_lesion(make: Make, settings: dict[str, Any], alone: int) -> None:
-    trainer = make(num_epochs=1, iterations_per_epoch=10, pseudo_start=0.0, **settings)
-    trainer.on_train_start()
-    before = weights(trainer.adversary.discriminator), weights(trainer.adversary.generator)
-    for done in range(3):
-        report = trainer.train_step(next(trainer.dataloader_train))
-        on = {name for name, value in report.items() if math.isfinite(value)} - {"loss", "L_lab"}
-        assert bool(on) == (done >= alone)
-        assert on >= {"L_hea", "L_MIL", "L_out", "L_ps", "L_D_restored"} or done < alone
-        changed = [
-            not torch.equal(old, weights(network))
-            for old, network in zip(before, (trainer.adversary.discriminator, trainer.adversary.generator), strict=True)
-        ]
-        assert changed == [done >= alone] * 2
-
-
 def test_optimizer_and_loss_follow_the_settings(make: Make) -> None:
     trainer = make(optimizer_s="adam", learning_rate_s=1e-4, segmentation_loss="ce", num_epochs=2)
     trainer.initialize()
