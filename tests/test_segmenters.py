@@ -169,7 +169,7 @@ def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-TWO_EPOCHS = {"num_epochs": 2, "pseudo_start": 0.5, "averaged_iterations": 1}
+TWO_EPOCHS = {"num_epochs": 2, "pseudo_start": 0.5}
 
 
 @pytest.mark.parametrize("segmenter", SEGMENTERS)
