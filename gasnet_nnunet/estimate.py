@@ -63,20 +63,22 @@ class Cost:
 def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
     """Count the passes of Algorithm 1, averaged over the training.
 
-    S+G update: S on I_l, I_h and I_d, and on I_ps once it has joined; G on I_d and I_h; D on I_s and I_g.
+    S+G update: S on I_l, on lesions of I_l in I_h, on I_h and I_d, and on I_ps once it has joined; G on I_d and I_h; D
+    on I_s and I_g.
     The average of S, where there is one, looks at I_d before L_ps. Each D update: S and G forward on I_d; D on I_h,
     I_s, I_d and I_g.
 
     Examples:
         >>> passes_per_iteration(GASNetSettings(discriminator_steps=3), batch_size=2)
-        Passes(segmenter=9.5, generator=6.0, discriminator=28.0)
+        Passes(segmenter=11.5, generator=6.0, discriminator=28.0)
     """
     volumes = settings.volumes_per_step or batch_size
     g, d = needs_generator(settings), needs_discriminator(settings)
     d_updates = settings.discriminator_steps if d else 0
     adversarial, generated = bool(settings.weight_adversarial), bool(settings.weight_generated)
     pseudo = 1 + FORWARD * (settings.averaged_iterations > 1)
-    segmenter = batch_size * bool(settings.weight_labelled) + volumes * (
+    labelled = batch_size + round(settings.pasted_share * batch_size) if settings.weight_labelled else 0
+    segmenter = labelled + volumes * (
         bool(settings.weight_healthy)
         + bool(settings.weight_mil or settings.weight_outside or settings.weight_suspicion or adversarial)
         + bool(settings.weight_pseudo) * (1 - settings.pseudo_start) * pseudo

@@ -86,8 +86,9 @@ class GASNetSettings:
         pseudo_contrast: What S calls lesion is pasted where it is denser than the rest of its own lungs by at least
             this share of the intensity window (0.05 of 1500 HU are 75 HU); without effect for other organs. 0 for all
             of it (the paper).
-        pasted_share: Share of the labelled patches in which the labelled lesions lie in a healthy volume, each moved
-            and augmented in its own way: L_ps of a case whose mask is known. Not in the paper, where it is 0.
+        pasted_share: Patches for each of the labelled batch, beside it, in which the labelled lesions lie in a healthy
+            volume, each moved and augmented in its own way: L_ps of a case whose mask is known. L_lab is the mean over
+            both. Not in the paper, where it is 0.
         paste_strength: Range from which the strength of a pasted lesion is drawn, for both kinds of pasting; below 1
             the healthy tissue shines through (1 to 1: the paper, and wherever there are several classes of lesion,
             which density may tell apart).
@@ -165,7 +166,7 @@ class GASNetSettings:
     pseudo_margin: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.3
     pseudo_ignore_above: Fraction | None = None
     pseudo_contrast: Fraction = 0.05
-    pasted_share: Fraction = 0.5
+    pasted_share: Fraction = 1.0
     paste_strength: tuple[Fraction, Fraction] = (0.5, 1.0)
     averaged_iterations: Count = 1
 

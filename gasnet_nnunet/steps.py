@@ -128,15 +128,16 @@ class GASNetStep:
         for optimizer in self._optimizers():
             optimizer.zero_grad(set_to_none=True)
 
-    def labelled_term(self, image: Tensor, target: Any) -> dict[str, Tensor]:
+    def labelled_term(self, image: Tensor, target: Any, *, share: float = 1.0) -> dict[str, Tensor]:
         """L_lab, backpropagated.
 
         Args:
             image: I_l, (B, C, Z, Y, X), nnU-Net-normalised.
             target: M_l as nnU-Net's data loader gives it.
+            share: Share of these patches in all that L_lab is the mean of.
         """
         with self.precision():
-            loss = self.settings.weight_labelled * self.task.loss(self.segmenter(image), target)
+            loss = share * self.settings.weight_labelled * self.task.loss(self.segmenter(image), target)
         self._backward(loss)
         return {"L_lab": loss.detach()}
 

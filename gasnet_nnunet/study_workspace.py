@@ -40,7 +40,7 @@ from gasnet_nnunet.volumes import grid_difference, read_grid
 
 SPLITS = "splits_final.json"
 FOLD_NUMBERS = "folds.json"
-FORMAT = 1
+FORMAT = 2
 """Part of every fingerprint: raise it when what a run does changes although its settings do not."""
 
 

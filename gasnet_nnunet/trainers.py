@@ -389,7 +389,7 @@ class GASNetTrainer(nnUNetTrainer):
         )
 
     def _pasted_patches(self) -> int:
-        """How many patches of a labelled batch are labelled lesions in a healthy volume."""
+        """How many patches with labelled lesions in a healthy volume are added to a labelled batch."""
         return round(self.settings.pasted_share * self.batch_size) if self.settings.weight_labelled else 0
 
     def _diseased_cases(self) -> tuple[str, ...]:
@@ -513,9 +513,15 @@ class GASNetTrainer(nnUNetTrainer):
         report: dict[str, Tensor] = {}
         step.zero_grad()
         if settings.weight_labelled:
-            if self._pasted is not None:
-                batch = _with_last_replaced(batch, next(self._pasted))
-            report.update(step.labelled_term(self._to_device(batch["data"]), self._to_device(batch["target"])))
+            batches = [batch] if self._pasted is None else [batch, next(self._pasted)]
+            patches = sum(len(each["data"]) for each in batches)
+            parts = [
+                step.labelled_term(
+                    self._to_device(each["data"]), self._to_device(each["target"]), share=len(each["data"]) / patches
+                )["L_lab"]
+                for each in batches
+            ]
+            report["L_lab"] = torch.stack(parts).sum()
         if self._needs_pairs():
             pair = self._next_pair()
             if settings.weight_healthy:
@@ -760,17 +766,6 @@ class VanillaTrainer(nnUNetTrainer):
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
             np.random.seed(settings.seed)
-
-
-def _with_last_replaced(batch: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A labelled batch whose last patches are those of another one."""
-
-    def join(mine: Any, theirs: Any) -> Any:
-        if isinstance(mine, list):
-            return [join(one, another) for one, another in zip(mine, theirs, strict=True)]
-        return torch.cat([mine[: len(mine) - len(theirs)], theirs.to(mine.dtype)])
-
-    return {name: join(batch[name], other[name]) for name in ("data", "target")}
 
 
 def _inner(loss: nn.Module) -> Any:

@@ -51,7 +51,7 @@ def test_formula_of_the_docs() -> None:
     passes = passes_per_iteration(settings, b)
     averaged = passes_per_iteration(settings.replace(averaged_iterations=20), b)
 
-    assert passes.segmenter == pytest.approx(b + 2 * v + v * (1 - start) + k * v / 3)
+    assert passes.segmenter == pytest.approx(2 * b + 2 * v + v * (1 - start) + k * v / 3)
     assert averaged.segmenter == pytest.approx(passes.segmenter + v * (1 - start) / 3)
     assert passes.generator == pytest.approx(2 * v + k * v / 3)
     assert passes.discriminator == pytest.approx(2 * v + 4 * k * v)
@@ -63,7 +63,7 @@ def test_terms_that_are_off_cost_nothing() -> None:
         for name in ("adversarial", "generated", "diseased", "reconstruction", "pseudo", "mil", "outside")
     }
 
-    passes = passes_per_iteration(GASNetSettings(**off, weight_healthy=0.0), 2)
+    passes = passes_per_iteration(GASNetSettings(**off, weight_healthy=0.0, pasted_share=0.0), 2)
 
     assert (passes.segmenter, passes.generator, passes.discriminator) == (2, 0, 0)
 

@@ -32,7 +32,7 @@ from gasnet_nnunet.phantom import Phantom
 from gasnet_nnunet.selection import BestEpoch
 from gasnet_nnunet.settings import GASNetSettings, parse_assignments
 from gasnet_nnunet.steps import STEP_COLUMNS
-from gasnet_nnunet.trainers import CHECKPOINT_KEY, GASNetTrainer, SupervisedBaselineTrainer, _with_last_replaced
+from gasnet_nnunet.trainers import CHECKPOINT_KEY, GASNetTrainer, SupervisedBaselineTrainer
 
 DATASET = "Dataset501_Tiny"
 CPU = torch.device("cpu")
@@ -698,18 +698,32 @@ def test_pasted_patches_hold_the_lesions_of_the_masks(layout: str, make: Make) -
     trainer = make(layout)
     trainer.on_train_start()
     targets = [next(trainer._pasted)["target"][0] for _ in range(8)]
-    assert {len(target) for target in targets} == {1}  # half of a batch of two
+    assert {len(target) for target in targets} == {2}  # as many as in a batch
     # Density may tell classes apart: a consolidation at half its strength would be ground glass of the wrong class.
     assert trainer.gasnet_step.paste_strength == ((0.5, 1.0) if layout == "one class" else (1.0, 1.0))
     values = {int(value) for target in targets for value in target.unique()}
     assert values == ({0, 1, 2} if layout == "two classes" else {0, 1})
-    batch = next(trainer.dataloader_train)
-    pasted = next(trainer._pasted)
-    mixed = _with_last_replaced(batch, pasted)
-    for mine, theirs, both in zip(batch["target"], pasted["target"], mixed["target"], strict=True):
-        assert torch.equal(both[0], mine[0])
-        assert torch.equal(both[1], theirs[0].to(mine.dtype))
-    assert torch.equal(mixed["data"][1], pasted["data"][0])
+
+
+def test_pasted_patches_count_like_those_of_the_batch(make: Make) -> None:
+    trainer = make(pasted_share=0.5)
+    trainer.on_train_start()
+    batch, pasted, step = next(trainer.dataloader_train), next(trainer._pasted), trainer.gasnet_step
+    step.zero_grad()
+    step.labelled_term(
+        torch.cat([batch["data"], pasted["data"]]),
+        [torch.cat([one, other.to(one.dtype)]) for one, other in zip(batch["target"], pasted["target"], strict=True)],
+    )
+    learning = [parameter for parameter in trainer.network.parameters() if parameter.grad is not None]
+    expected = [parameter.grad.clone() for parameter in learning]
+    step.zero_grad()
+    parts = [
+        step.labelled_term(each["data"], each["target"], share=share)
+        for each, share in ((batch, 2 / 3), (pasted, 1 / 3))
+    ]
+    assert all(math.isfinite(part["L_lab"]) for part in parts)
+    for parameter, together in zip(learning, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, together, atol=1e-5, rtol=1e-3)
 
 
 def test_an_average_begins_as_s_itself_and_then_follows_it(make: Make) -> None:
