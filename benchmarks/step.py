@@ -69,7 +69,7 @@ def summed(dataset: str, plans: str, configuration: str, device: str, iterations
 
     def iteration() -> None:
         step.zero_grad()
-        step.labelled_term(trainer._to_device(batch["data"]), trainer._to_device(batch["target"]))
+        step.labelled_term((trainer._to_device(batch["data"]), trainer._to_device(batch["target"])))
         pair = trainer._next_pair()
         step.healthy_term(pair["healthy"])
         step.diseased_terms(pair, pseudo_on=True)

@@ -77,7 +77,7 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
     d_updates = settings.discriminator_steps if d else 0
     adversarial, generated = bool(settings.weight_adversarial), bool(settings.weight_generated)
     pseudo = 1 + FORWARD * (settings.averaged_iterations > 1)
-    labelled = batch_size + round(settings.pasted_share * batch_size) if settings.weight_labelled else 0
+    labelled = batch_size + settings.pasted_patches(batch_size) if settings.weight_labelled else 0
     segmenter = labelled + volumes * (
         bool(settings.weight_healthy)
         + bool(settings.weight_mil or settings.weight_outside or settings.weight_suspicion or adversarial)

@@ -210,6 +210,10 @@ class GASNetSettings:
         """Whether L_ps compares lesions with the rest of their organ, which only lungs are even enough for."""
         return bool(self.weight_pseudo and self.pseudo_contrast) and self.organ == "lungs"
 
+    def pasted_patches(self, batch_size: int) -> int:
+        """How many patches with labelled lesions in a healthy volume are added to a labelled batch of `batch_size`."""
+        return round(self.pasted_share * batch_size) if self.weight_labelled else 0
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Names of all settings, in the order of their declaration."""

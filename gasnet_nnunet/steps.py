@@ -128,18 +128,21 @@ class GASNetStep:
         for optimizer in self._optimizers():
             optimizer.zero_grad(set_to_none=True)
 
-    def labelled_term(self, image: Tensor, target: Any, *, share: float = 1.0) -> dict[str, Tensor]:
-        """L_lab, backpropagated.
+    def labelled_term(self, *batches: tuple[Tensor, Any]) -> dict[str, Tensor]:
+        """L_lab, the mean over the patches of all batches, backpropagated one batch after the other to save memory.
 
         Args:
-            image: I_l, (B, C, Z, Y, X), nnU-Net-normalised.
-            target: M_l as nnU-Net's data loader gives it.
-            share: Share of these patches in all that L_lab is the mean of.
+            batches: I_l, (B, C, Z, Y, X), nnU-Net-normalised, and M_l as nnU-Net's data loader gives it.
         """
-        with self.precision():
-            loss = share * self.settings.weight_labelled * self.task.loss(self.segmenter(image), target)
-        self._backward(loss)
-        return {"L_lab": loss.detach()}
+        patches = sum(len(image) for image, _ in batches)
+        parts = []
+        for image, target in batches:
+            with self.precision():
+                loss = self.task.loss(self.segmenter(image), target)
+                loss = self.settings.weight_labelled * len(image) / patches * loss
+            self._backward(loss)
+            parts.append(loss.detach())
+        return {"L_lab": torch.stack(parts).sum()}
 
     def healthy_term(self, image: Tensor) -> dict[str, Tensor]:
         """L_hea, backpropagated.

@@ -305,7 +305,8 @@ class GASNetTrainer(nnUNetTrainer):
             regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
             ignore_label=self.label_manager.ignore_label,
         )
-        if self._needs_pairs() or self._pasted_patches():
+        pasted_patches = settings.pasted_patches(self.batch_size)
+        if self._needs_pairs() or pasted_patches:
             assert self._reader is not None
             bag = settings.patches == "bag"
             transform = PairTransform(transforms, self._reader.low)
@@ -328,13 +329,13 @@ class GASNetTrainer(nnUNetTrainer):
                     **options,
                 )
                 self._pairs = self._start_stream(pairs, get_allowed_n_proc_DA())
-            if self._pasted_patches():
+            if pasted_patches:
                 assert self.gasnet_step is not None
                 pasted = PastedLoader(
                     self._reader,
                     cases.train,
                     cases.healthy,
-                    batch_size=self._pasted_patches(),
+                    batch_size=pasted_patches,
                     strength=self.gasnet_step.paste_strength,
                     lesions=self.gasnet_step.task.lesions,
                     **options,
@@ -387,10 +388,6 @@ class GASNetTrainer(nnUNetTrainer):
             or settings.weight_suspicion
             or settings.compares_contrast
         )
-
-    def _pasted_patches(self) -> int:
-        """How many patches with labelled lesions in a healthy volume are added to a labelled batch."""
-        return round(self.settings.pasted_share * self.batch_size) if self.settings.weight_labelled else 0
 
     def _diseased_cases(self) -> tuple[str, ...]:
         """Cases to draw I_d from."""
@@ -514,14 +511,8 @@ class GASNetTrainer(nnUNetTrainer):
         step.zero_grad()
         if settings.weight_labelled:
             batches = [batch] if self._pasted is None else [batch, next(self._pasted)]
-            patches = sum(len(each["data"]) for each in batches)
-            parts = [
-                step.labelled_term(
-                    self._to_device(each["data"]), self._to_device(each["target"]), share=len(each["data"]) / patches
-                )["L_lab"]
-                for each in batches
-            ]
-            report["L_lab"] = torch.stack(parts).sum()
+            labelled = [(self._to_device(each["data"]), self._to_device(each["target"])) for each in batches]
+            report.update(step.labelled_term(*labelled))
         if self._needs_pairs():
             pair = self._next_pair()
             if settings.weight_healthy:
