@@ -310,7 +310,8 @@ def _draw(
     overlays = folder / "overlays"
     for old in overlays.glob("*.png"):
         old.unlink()
-    overlays.mkdir(exist_ok=True)
+    if cases.images:
+        overlays.mkdir(exist_ok=True)
     jobs = [
         {
             "path": overlays / f"{case}.png",
@@ -369,7 +370,7 @@ def _markdown(result: Comparison, subsets: Mapping[str, Mapping[str, Mapping[str
         for value, frames in values.items():
             parts += [f"### {column}: {value}, {_count(frames)}\n", markdown_table(frames)]
     parts.append("## Figures\n\n![every case under every model](comparison.png)\n")
-    if any((result.folder / "overlays").iterdir()):
+    if any((result.folder / "overlays").glob("*.png")):
         parts.append("What each model found in each case: [overlays](overlays).\n")
     return "\n".join(parts)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,10 @@ def _body_core(grid: _Grid) -> Mask:
 
 def _hull(grid: _Grid) -> Mask:
     """Convex hull of the body in each slice: where lungs can be, however thin the chest wall."""
-    return np.stack([convex_hull_image(s, offset_coordinates=False) if s.any() else s for s in _body_core(grid)])
+    with warnings.catch_warnings():
+        # Of a slice that holds a mere line of voxels it says that there is no hull, and gives none.
+        warnings.simplefilter("ignore", UserWarning)
+        return np.stack([convex_hull_image(s, offset_coordinates=False) if s.any() else s for s in _body_core(grid)])
 
 
 def _gas_level(grid: _Grid, hull: Mask) -> float:

@@ -6,11 +6,14 @@ from a YAML file or is one of those that come with the package. `study_runner.py
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
+import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -303,10 +306,12 @@ def load_study(name_or_file: str, changes: Mapping[str, Any] | None = None) -> S
         raise UserError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no study; expected at least 'dataset' and 'arms'.")
-    problems = _Problems(path, root)
-    problems.find_twins(root, ())
     changes = _from_here(changes or {})
     settings = changes.pop("settings", {})
+    problems = _Problems(
+        path, root, assigned={*((name,) for name in changes), *(("settings", name) for name in settings)}
+    )
+    problems.find_twins(root, ())
     content = {**content, **changes}
     if settings:
         content["settings"] = {**(content.get("settings") or {}), **settings}
@@ -352,10 +357,16 @@ def segmenter_names() -> list[str]:
 
 
 class _Problems:
-    """What is wrong with a study file, each with the line where it stands."""
+    """What is wrong with a study file, each with the line where it stands, or as part of the command line.
 
-    def __init__(self, path: Path, root: yaml.Node | None) -> None:
-        self.path, self.root = path, root
+    Args:
+        path: The file.
+        root: What it holds.
+        assigned: Paths of keys that the command line has replaced.
+    """
+
+    def __init__(self, path: Path, root: yaml.Node | None, assigned: Collection[tuple[str, ...]] = ()) -> None:
+        self.path, self.root, self.assigned = path, root, assigned
         self.found: list[str] = []
 
     def add(self, place: Sequence[Any], text: str) -> None:
@@ -363,6 +374,8 @@ class _Problems:
         key = ".".join(map(str, place))
         line = self._line(place)
         where = f"{key} (line {line})" if key and line else key or "the file"
+        if any(tuple(place[: len(path)]) == path for path in self.assigned):
+            where = f"{key} (of the command line)"
         self.found.append(f"{where}: {text}")
 
     def add_pydantic(self, problem: Any) -> None:
@@ -372,7 +385,7 @@ class _Problems:
             valid = list(_part_at(place[:-1]).model_fields)
             self.add(place, f"there is no such entry.{hint(str(place[-1]), valid)} Valid here: {', '.join(valid)}.")
             return
-        message = problem["msg"].removeprefix("Value error, ")
+        message = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
         value = problem.get("input")
         found = f" (found {value!r})" if isinstance(value, str | int | float | bool | list) else ""
         self.add(place, f"{message}{found}.")
@@ -458,7 +471,17 @@ def _from_here(changes: Mapping[str, Any]) -> dict[str, Any]:
     groups = here.get("groups")
     if isinstance(groups, dict) and isinstance(groups.get("file"), str):
         here["groups"] = {**groups, "file": str(Path(groups["file"]).absolute())}
+    if isinstance(here.get("settings"), dict):
+        here["settings"] = _start_from(here["settings"], Path.cwd())
     return here
+
+
+def _start_from(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings whose `init_from` does not depend on where a training is started."""
+    checkpoint = settings.get("init_from")
+    if not isinstance(checkpoint, str):
+        return settings
+    return {**settings, "init_from": str((folder / Path(checkpoint).expanduser()).resolve())}
 
 
 def _narrow(content: Mapping[str, Any], masks: Any) -> None:
@@ -549,7 +572,10 @@ def _importable(trainer: str) -> bool:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
-        recursive_find_trainer_class_by_name(trainer)
+        # nnU-Net prints where it searches.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            recursive_find_trainer_class_by_name(trainer)
     except RuntimeError:
         return False
     return True
@@ -569,4 +595,15 @@ def _absolute(study: Study, folder: Path) -> Study:
         if not file.is_file():
             raise UserError(f"groups.file of the study is {file}, and there is no such file.")
         changes["groups"] = study.groups.model_copy(update={"file": file})
+    changes["settings"] = _start_from(study.settings, folder)
+    changes["arms"] = {
+        key: arm.model_copy(update={"settings": _start_from(arm.settings, folder)}) for key, arm in study.arms.items()
+    }
+    for settings in (changes["settings"], *(arm.settings for arm in changes["arms"].values())):
+        checkpoint = settings.get("init_from")
+        if checkpoint is not None and not Path(checkpoint).is_file():
+            raise UserError(
+                f"init_from among the study's settings is {checkpoint}, and there is no such file. Name a checkpoint "
+                "of a trained model, such as .../fold_0/checkpoint_final.pth, or give an arm init_from: ARM."
+            )
     return study.model_copy(update=changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -19,7 +20,7 @@ from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS, find_dataset, read_json
 from gasnet_nnunet.study import Phantoms, Plan, Study
 from gasnet_nnunet.study_runner import find_script
-from gasnet_nnunet.study_workspace import Workspace, check_folder, open_workspace
+from gasnet_nnunet.study_workspace import STUDY, Workspace, check_folder, open_workspace
 
 PHANTOM_DATASET = 902
 PHANTOM_NAME = "GASNetStudy"
@@ -29,38 +30,48 @@ MOST_PROCESSES = 8
 LAST_LINES = 12
 
 
-def prepare(study: Study, out: Path, console: Console) -> tuple[Workspace, str]:
+def prepare(study: Study, out: Path, console: Console, *, make: bool = True) -> tuple[Workspace, str]:
     """Make what is missing, check the study against its dataset and write its folder.
 
     Args:
         study: The study.
         out: Its folder.
         console: Where to tell what is made.
+        make: Whether to draw phantom patients and plan, if that has not been done.
 
     Returns:
         The study's workspace, and nnU-Net's `-device`.
 
     Raises:
-        UserError: What the user has to mend first.
+        UserError: What the user has to mend first, or what is missing if nothing may be made.
     """
+    given = study
+    if study.phantoms is None:
+        find_dataset(str(study.dataset))
     check_folder(out)
     for name in ("nnUNetv2_train", "nnUNetv2_predict"):
         find_script(name)
     start = time.monotonic()
-    # Whatever an interruption leaves belongs to a study then.
-    write_text(out / "study.yaml", study.dump())
-    given = study
+    if not (out / STUDY).is_file():
+        # Whatever an interruption leaves belongs to a study then.
+        write_text(out / STUDY, study.dump())
     if study.phantoms is not None:
-        _make_phantoms(study.phantoms, out, console)
+        _make_phantoms(study.phantoms, out, console, make=make)
         # From here on it is a dataset like any other.
         study = study.model_copy(update={"dataset": PHANTOM_DATASET, "phantoms": None})
         study = study.model_copy(update={"lungs": out / "phantoms" / "test" / "lung"})
     dataset = find_dataset(str(study.dataset))
     plan, unfinished = study.plan, out / UNFINISHED_PLAN
     if plan is not None and (unfinished.is_file() or not (dataset.preprocessed / f"{study.plans}.json").is_file()):
+        command = _plan_command(study, plan, dataset.number)
+        if not make:
+            raise UserError(
+                f"{dataset.name} has no finished plans {study.plans}, which the arms start from. Make them first:\n"
+                f"  {shlex.join(command)}"
+            )
         # The plans are there before all cases are preprocessed by them.
         unfinished.touch()
-        _run(_plan_command(study, plan, dataset.number), out, "plan", console)
+        _run(command, out, "plan", console)
         unfinished.unlink()
     made = time.monotonic() - start
     workspace = open_workspace(study, out, given=given)
@@ -68,7 +79,7 @@ def prepare(study: Study, out: Path, console: Console) -> tuple[Workspace, str]:
     return workspace, study.device or _device()
 
 
-def _make_phantoms(phantoms: Phantoms, out: Path, console: Console) -> None:
+def _make_phantoms(phantoms: Phantoms, out: Path, console: Console, *, make: bool) -> None:
     """Draw the patients and convert them, in folders of nnU-Net's that are the study's own."""
     for variable in NNUNET_FOLDERS:
         folder = out / "base" / variable
@@ -83,6 +94,11 @@ def _make_phantoms(phantoms: Phantoms, out: Path, console: Console) -> None:
         if read_json(record) != wanted:
             raise UserError(f"{out} holds a study of other phantom patients. Name a new folder with --out.")
         return
+    if not make:
+        raise UserError(
+            f"The phantom patients of this study have not been drawn into {out} yet, and its runs depend on them. "
+            "The study without --commands or --report draws them first."
+        )
     from gasnet_nnunet.phantom import write_phantoms
 
     place = out / "phantoms"

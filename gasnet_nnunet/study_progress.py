@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from gasnet_nnunet.study_runner import EPOCH_TIME, WaitingError, record_of, steps_of, updates_of
+from gasnet_nnunet.study_runner import EPOCH, EPOCH_TIME, WaitingError, is_done, record_of, steps_of, updates_of
 from gasnet_nnunet.study_workspace import Run, Workspace
 
 
@@ -22,19 +22,26 @@ class Estimate:
         self.pending = list(pending)
         self.current: Run | None = None
         self._started = 0.0
+        self._epochs_before = 0
         self._epochs_done = 0
         self._epoch_seconds = 0.0
+        self._next_epoch = 0
         self._lengths: dict[str, int] = {}
 
     def start(self, run: Run) -> None:
         """A run begins."""
         self.current, self._started = run, time.monotonic()
-        self._epochs_done, self._epoch_seconds = 0, 0.0
+        self._epochs_done, self._epoch_seconds, self._next_epoch = 0, 0.0, 0
+        self._epochs_before = self._done_before(run)
         self.pending = [other for other in self.pending if other.name != run.name]
 
     def hear(self, line: str) -> None:
         """Take note of a line of nnU-Net's log."""
-        if found := EPOCH_TIME.search(line):
+        if found := EPOCH.search(line):
+            # A training that goes on from a checkpoint; the next one of the same run begins at 0 again.
+            self._epochs_before += max(0, int(found[1]) - self._next_epoch)
+            self._next_epoch = int(found[1]) + 1
+        elif found := EPOCH_TIME.search(line):
             self._epoch_seconds += float(found[1])
             self._epochs_done += 1
 
@@ -44,8 +51,8 @@ class Estimate:
         if self.current is None:
             return ""
         total = self._length(self.current)
-        done = f", epoch {self._epochs_done} of {total}" if self._epochs_done else ""
-        return f"{self.current.name}{done}"
+        epochs = self._epochs_before + self._epochs_done
+        return f"{self.current.name}{f', epoch {epochs} of {total}' if epochs else ''}"
 
     def seconds(self) -> float | None:
         """Seconds that remain, `None` while nothing is known to tell them by."""
@@ -88,13 +95,25 @@ class Estimate:
         return sum(seconds for seconds, _ in runs) / total if total else None
 
     def _expected(self, run: Run, known: dict[str, list[tuple[float, int]]], speed: float | None) -> float | None:
+        length = self._length(run)
+        # What this session has to do of it.
+        left = length - (self._epochs_before if run is self.current else 0)
         if run is self.current and self._epochs_done:
-            return self._epoch_seconds / self._epochs_done * self._length(run)
+            return self._epoch_seconds / self._epochs_done * left
         # An arm of equal time takes what the other one takes, whatever its own length in the plans.
         for arm in (run.arm, self.workspace.study.arms[run.arm].equal_time_with):
             if arm in known:
-                return sum(seconds for seconds, _ in known[arm]) / len(known[arm])
-        return None if speed is None else speed * updates_of(self.workspace, run, self._length(run))
+                return sum(seconds for seconds, _ in known[arm]) / len(known[arm]) * left / length
+        return None if speed is None else speed * updates_of(self.workspace, run, left)
+
+    def _done_before(self, run: Run) -> int:
+        """Epochs of the trainings of a run that were whole before this session."""
+        try:
+            steps = steps_of(self.workspace, run, "cpu")
+        except WaitingError:
+            return 0
+        record = record_of(self.workspace, run)
+        return sum(step.epochs for step in steps if is_done(step, record))
 
     def _length(self, run: Run) -> int:
         """Epochs of all trainings of a run; of one of equal time that waits, those in its plans."""

@@ -33,7 +33,7 @@ from gasnet_nnunet.evaluation import (
 )
 from gasnet_nnunet.files import write_text
 from gasnet_nnunet.raw_dataset import read_json
-from gasnet_nnunet.study_runner import SESSIONS, record_of, state_of
+from gasnet_nnunet.study_runner import SESSIONS, record_of, scores_of, state_of, steps_of
 from gasnet_nnunet.study_splits import Deal
 from gasnet_nnunet.study_workspace import Workspace
 
@@ -122,8 +122,8 @@ def _results(workspace: Workspace, runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each test case of each run that is done."""
     frames = []
     for run, state in zip(workspace.runs, runs["state"], strict=True):
-        path = workspace.out / "runs" / run.arm / f"{run.deal.name}.csv"
-        if state == "done" and path.is_file():
+        if state == "done":
+            path = scores_of(workspace, run, steps_of(workspace, run, "cpu"), record_of(workspace, run))
             frame = pd.read_csv(path, dtype={"case": str})
             places: dict[str, Any] = {
                 "arm": run.arm,

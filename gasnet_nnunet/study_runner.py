@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.study import OUR_TRAINERS
-from gasnet_nnunet.study_workspace import Run, TestSet, Workspace, fingerprint, link
+from gasnet_nnunet.study_workspace import Run, TestSet, Workspace, fingerprint, link, superseded
 
 SESSIONS = "time.json"
 LAST_LINES = 12
@@ -145,7 +146,7 @@ def is_done(step: Step, record: RunRecord) -> bool:
 
 
 def state_of(workspace: Workspace, run: Run, device: str = "cpu") -> str:
-    """'done', 'failed', 'unfinished', 'new' or 'changed' (done with other settings than the study has now)."""
+    """'done', 'failed', 'unfinished', 'new' or 'changed': trained for something else than the study asks for now."""
     record = record_of(workspace, run)
     state = str(record.content["state"])
     try:
@@ -154,7 +155,17 @@ def state_of(workspace: Workspace, run: Run, device: str = "cpu") -> str:
         return "new" if state == "done" else state
     if all(is_done(step, record) for step in steps):
         return "done"
-    return "changed" if state == "done" else state
+    if any(_is_of_something_else(step, record) for step in steps):
+        return "changed"
+    return "unfinished" if state == "done" else state
+
+
+def _is_of_something_else(step: Step, record: RunRecord) -> bool:
+    """Whether a training was done, or has come to a checkpoint, with another fingerprint."""
+    entry = record.step(step.name)
+    if step.model is None or entry.get("fingerprint") in (None, step.fingerprint):
+        return False
+    return bool(entry.get("done")) or any(step.model.glob("checkpoint_*.pth"))
 
 
 def training_seconds(fold_folder: Path) -> float:
@@ -402,6 +413,12 @@ class Runner:
         except WaitingError as problem:
             record.note(state="waiting", reason=str(problem))
             return "waiting"
+        except Exception as problem:  # whatever one run meets, the others go on
+            log = self.workspace.out / "logs" / run.arm / run.deal.name / "fault.txt"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            write_text(log, traceback.format_exc())
+            record.note(state="failed", reason=f"{type(problem).__name__}: {problem}; where: {log}")
+            return "failed"
         record.note(state="done")
         return "done"
 
@@ -430,13 +447,11 @@ class Runner:
         record.note(step.name, done=True)
 
     def _supersede(self, run: Run, step: Step) -> None:
-        """Move away what a run with other settings has left; it may be days of work."""
+        """Move away what a run with other settings has left."""
         for old in step.old:
             if old.exists():
-                stamp = time.strftime("%Y%m%d-%H%M%S")
-                target = self.workspace.out / "superseded" / f"{stamp}_{run.arm}_{run.deal.name}_{step.name}_{old.name}"
-                target.parent.mkdir(exist_ok=True)
-                shutil.move(old, target)
+                name = f"{run.arm}_{run.deal.name}_{step.name}_{old.name}"
+                shutil.move(old, superseded(self.workspace.out, name))
 
     def _finish(self, run: Run, steps: Sequence[Step], record: RunRecord) -> None:
         """Note what a run took, and score its predictions."""
@@ -452,10 +467,7 @@ class Runner:
             seconds=sum(float(entry["seconds"]) for entry in noted),
             predict_seconds=float(noted[-1]["seconds"]),
         )
-        scores = self.workspace.out / "runs" / run.arm / f"{run.deal.name}.csv"
-        if not scores.is_file() or record.content.get("scored") != steps[-1].fingerprint:
-            _score(self.workspace, run, steps[-1].made[0].parent, scores)
-            record.note(scored=steps[-1].fingerprint)
+        scores_of(self.workspace, run, steps, record)
 
     def note_time(self) -> None:
         """Note where the time of this session went; `study_report` adds the sessions up."""
@@ -552,22 +564,27 @@ def find_script(name: str) -> str:
     return found
 
 
-def _score(workspace: Workspace, run: Run, predictions: Path, target: Path) -> None:
-    """Score the predictions of a run and write a row a case."""
+def scores_of(workspace: Workspace, run: Run, steps: Sequence[Step], record: RunRecord) -> Path:
+    """A CSV file with a row for each test case of a run that has predicted, scored anew where a mask has changed."""
     from gasnet_nnunet.comparison_inputs import lesion_classes
     from gasnet_nnunet.evaluation import evaluate_folder
 
+    target, prediction = record.path.with_suffix(".csv"), steps[-1]
     tests = workspace.test_set(run.deal)
-    frame = evaluate_folder(
-        predictions,
-        tests.folder / "masks",
-        lungs=tests.lungs,
-        file_ending=workspace.ending,
-        num_processes=cores(),
-        ignore_label=workspace.ignore_label,
-        classes=lesion_classes([workspace.dataset_json]),
-    )
-    write_text(target, frame.to_csv())
+    scored = fingerprint(prediction.fingerprint, tests.stamp)
+    if not target.is_file() or record.content.get("scored") != scored:
+        frame = evaluate_folder(
+            prediction.made[0].parent,
+            tests.folder / "masks",
+            lungs=tests.lungs,
+            file_ending=workspace.ending,
+            num_processes=cores(),
+            ignore_label=workspace.ignore_label,
+            classes=lesion_classes([workspace.dataset_json]),
+        )
+        write_text(target, frame.to_csv())
+        record.note(scored=scored)
+    return target
 
 
 def _numbers(run: Run) -> dict[str, Any]:

@@ -283,6 +283,27 @@ def _named(patterns: Sequence[str], members: Mapping[str, Sequence[str]], truths
     return named
 
 
+def check_patterns(study: Study, cohort: Cohort, deals: Sequence[Deal]) -> None:
+    """Refuse patterns that match nothing: a misspelt one would leave an arm without its diseased volumes.
+
+    Raises:
+        UserError: At least one; all are named.
+    """
+    cases = sorted(cohort.cases)
+    tested = sorted({case for deal in deals for case in deal.test})
+    asked = {"volumes": (study.volumes or (), cases), "subsets": (tuple(study.subsets.values()), tested)}
+    asked |= {f"arms.{key}.volumes": (study.volumes_of(key) or (), cases) for key in study.arms}
+    problems = [
+        f"{place}: '{pattern}' is no {'test case' if place == 'subsets' else 'case'} of the dataset. There are "
+        f"{abbreviate(valid)}."
+        for place, (patterns, valid) in asked.items()
+        for pattern in patterns
+        if not any(fnmatchcase(case, pattern) for case in valid)
+    ]
+    if problems:
+        raise UserError(" ".join(problems))
+
+
 def _pool(study: Study, cohort: Cohort, held_out: Collection[str]) -> list[str]:
     """Cases whose masks may be learnt from, in the order in which they are chosen."""
     free = [case for case in cohort.labelled if case not in held_out]

@@ -7,7 +7,7 @@
     OUT/predictions/<arm>/<run>         what each model found
     OUT/runs/<arm>/<run>.json           what was done, how long it took, what went wrong
     OUT/logs/<arm>/<run>/<step>.txt     all that the commands said
-    OUT/superseded                      results of runs whose settings have changed since
+    OUT/superseded                      results of runs whose settings have changed since, and earlier study files
 
 The user's own folders are read only, but for `gasnet-nnunet plan` where the study asks for it: nnU-Net reads
 `splits_final.json` beside the preprocessed cases and names results by plans and fold, so a study that worked in there
@@ -22,22 +22,26 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, declared_labels, raise_problems, read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json, write_text
-from gasnet_nnunet.parallel import run_jobs
+from gasnet_nnunet.parallel import cores, run_jobs
 from gasnet_nnunet.raw_dataset import Dataset, find_dataset, read_json
 from gasnet_nnunet.settings import PLANS_KEY
-from gasnet_nnunet.study import Study
-from gasnet_nnunet.study_splits import Deal, make_deals, read_groups
+from gasnet_nnunet.study import Study, load_study
+from gasnet_nnunet.study_splits import Deal, check_patterns, make_deals, read_groups
 from gasnet_nnunet.volumes import grid_difference, read_grid
 
+STUDY = "study.yaml"
 SPLITS = "splits_final.json"
 FOLD_NUMBERS = "folds.json"
 FORMAT = 2
@@ -71,10 +75,12 @@ class TestSet:
     Args:
         folder: Has `images`, `masks` and perhaps `lungs` in it.
         cases: Their names.
+        stamp: Changes when one of the files does.
     """
 
     folder: Path
     cases: tuple[str, ...]
+    stamp: str = ""
 
     @property
     def lungs(self) -> Path | None:
@@ -107,8 +113,12 @@ class Workspace:
         self.truths = self._truths()
         self.images_ts = self._images_ts()
         self.deals = make_deals(study, self.cohort, self.groups, truths=self.truths, images_ts=self.images_ts)
+        check_patterns(study, self.cohort, self.deals)
         self._numbers: dict[str, int] = {}
+        self._test_sets: dict[str, TestSet] = {}
         self.preparation_seconds = 0.0
+        self.earlier_study: Path | None = None
+        """Copy of the study file that stood in the folder and said something else."""
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -210,31 +220,46 @@ class Workspace:
         """The study's folds by number."""
         return list(json.loads((self.preprocessed / SPLITS).read_text(encoding="utf-8")))
 
-    def test_set(self, deal: Deal, *, num_processes: int = 1) -> TestSet:
-        """The test cases of a run, linked and with lung masks, made when they are first asked for.
+    def test_set(self, deal: Deal) -> TestSet:
+        """The test cases of a run, linked and with lung masks, made when they are first asked for or have changed.
 
         Args:
             deal: The run's cases.
-            num_processes: Scans whose lungs are sought at a time.
 
         Raises:
             UserError: A mask or a scan is missing or broken.
         """
-        cases = deal.test
-        folder = self.out / "test" / _digest(list(cases))[:10]
+        name = _digest(list(deal.test))[:10]
+        if name not in self._test_sets:
+            self._test_sets[name] = self._make_test_set(self.out / "test" / name, deal.test)
+        return self._test_sets[name]
+
+    def _make_test_set(self, folder: Path, cases: tuple[str, ...]) -> TestSet:
+        files = {f"masks/{case}": self._truth(case) for case in cases}
+        for case in cases:
+            files |= {f"images/{case}_{channel:04d}": path for channel, path in enumerate(self._images(case))}
+        lungs = self._lungs(cases)
+        files |= {f"lungs/{case}": path for case, path in lungs.items()}
+        # A mask that was corrected is another file under the old name.
+        state = {
+            name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()
+        }
         marker = folder / "cases.json"
-        if not marker.is_file() or read_json(marker).get("cases") != list(cases):
-            shutil.rmtree(folder, ignore_errors=True)
-            for name in ("images", "masks"):
-                (folder / name).mkdir(parents=True)
-            for case in cases:
-                for channel, image in enumerate(self._images(case)):
-                    link(image, folder / "images" / f"{case}_{channel:04d}{self.ending}")
-                link(self._truth(case), folder / "masks" / f"{case}{self.ending}")
-            self._collect_lungs(folder, cases, num_processes)
-            self._check_test_set(folder, cases, num_processes)
-            write_json(marker, {"cases": list(cases)})
-        return TestSet(folder, cases)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not marker.is_file() or read_json(marker) != state:
+                place = folder.with_name(f".{folder.name}.unfinished")
+                shutil.rmtree(place, ignore_errors=True)
+                for name, path in files.items():
+                    target = place / f"{name}{self.ending}"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    link(path, target)
+                self._find_lungs(place, [case for case in cases if case not in lungs])
+                self._check_test_set(place, cases)
+                write_json(place / marker.name, state)
+                shutil.rmtree(folder, ignore_errors=True)
+                place.rename(folder)
+        return TestSet(folder, cases, fingerprint(state))
 
     def raw_images(self, case: str) -> list[Path]:
         """The scans of a training case, one a channel."""
@@ -322,8 +347,8 @@ class Workspace:
         folder = self.base / "gt_segmentations" if case in self.cohort.cases else self.dataset.raw / "labelsTs"
         return folder / f"{case}{self.ending}"
 
-    def _collect_lungs(self, folder: Path, cases: Sequence[str], num_processes: int) -> None:
-        """Lung masks of the test cases: the user's, or computed ones where the scans are CTs."""
+    def _lungs(self, cases: Sequence[str]) -> dict[str, Path]:
+        """The user's lung masks of the test cases: all of them, or none where those that lack cannot be computed."""
         found = {}
         for case in cases:
             of_dataset = self.dataset.raw / ("lungsTr" if case in self.dataset.files else "lungsTs")
@@ -331,18 +356,25 @@ class Workspace:
         missing = [case for case, path in found.items() if not path.is_file()]
         if self.study.lungs is not None and missing:
             raise UserError(f"lungs: {self.study.lungs} has no mask of the test cases {abbreviate(missing)}.")
-        organ = str(self.settings(next(iter(self.plans)))["organ"])
-        if missing and (organ == "volume" or 0 not in self.dataset.ct_channels):
-            return
-        (folder / "lungs").mkdir()
-        for case in set(found) - set(missing):
-            link(found[case], folder / "lungs" / f"{case}{self.ending}")
-        if missing:
-            jobs = [(self._images(case)[0], folder / "lungs" / f"{case}{self.ending}", organ) for case in missing]
-            results = run_jobs(_write_lungs, jobs, num_processes=num_processes)
+        if missing and not self._can_find_lungs():
+            return {}
+        return {case: path for case, path in found.items() if case not in missing}
+
+    def _organ(self) -> str:
+        return str(self.settings(next(iter(self.plans)))["organ"])
+
+    def _can_find_lungs(self) -> bool:
+        return self._organ() != "volume" and 0 in self.dataset.ct_channels
+
+    def _find_lungs(self, folder: Path, cases: Sequence[str]) -> None:
+        """Compute lung masks of test cases, where the scans are CTs."""
+        if cases and self._can_find_lungs():
+            (folder / "lungs").mkdir(exist_ok=True)
+            jobs = [(self._images(case)[0], folder / "lungs" / f"{case}{self.ending}", self._organ()) for case in cases]
+            results = run_jobs(_write_lungs, jobs, num_processes=cores(), description="Lungs of the test cases")
             raise_problems([result for result in results if result], "the test cases")
 
-    def _check_test_set(self, folder: Path, cases: Sequence[str], num_processes: int) -> None:
+    def _check_test_set(self, folder: Path, cases: Sequence[str]) -> None:
         """Masks that do not match their scans are better known before a training than after it."""
         from gasnet_nnunet.evaluation import check_references
 
@@ -359,7 +391,7 @@ class Workspace:
         check_references(
             {case: folder / "masks" / f"{case}{self.ending}" for case in others},
             labels=declared_labels(self.dataset_json).values,
-            num_processes=num_processes,
+            num_processes=cores(),
         )
 
     def _write_splits(self) -> None:
@@ -397,8 +429,34 @@ def open_workspace(study: Study, out: Path, *, given: Study | None = None) -> Wo
     check_folder(out)
     workspace = Workspace(study, out, find_dataset(str(study.dataset)))
     workspace.write()
-    write_text(out / "study.yaml", (given or study).dump())
+    workspace.earlier_study = _keep_study(out, given or study)
     return workspace
+
+
+def _keep_study(out: Path, study: Study) -> Path | None:
+    """Write `study.yaml`, unless what stands there says the same; what says something else is kept beside."""
+    path, earlier = out / STUDY, None
+    if path.is_file():
+        try:
+            says = load_study(str(path)).dump()
+        except UserError:
+            says = None
+        if says == study.dump():
+            return None
+        earlier = superseded(out, STUDY)
+        shutil.copyfile(path, earlier)
+    write_text(path, study.dump())
+    return earlier
+
+
+def superseded(out: Path, name: str) -> Path:
+    """A place for what a study leaves behind when it is changed; it may be days of work."""
+    folder = out / "superseded"
+    folder.mkdir(exist_ok=True)
+    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 0
+    while (path := folder / f"{stamp}{f'-{number}' if number else ''}_{name}").exists():
+        number += 1
+    return path
 
 
 def check_folder(out: Path) -> None:
@@ -409,7 +467,7 @@ def check_folder(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file. Name a new folder with --out.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "study.yaml").is_file():
+    if out.is_dir() and any(out.iterdir()) and not (out / STUDY).is_file():
         raise UserError(f"{out} is not empty and holds no earlier study. Name a new folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
 

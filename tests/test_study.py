@@ -90,6 +90,13 @@ def test_plain_multiple_instance_learning_has_no_other_terms(name: str) -> None:
     assert settings["pasted_share"] == 0
 
 
+def test_pasting_alone_learns_nothing_from_diseased_volumes() -> None:
+    settings = load_study("one-mask", {"dataset": 501}).settings_of("pasting", {}).to_dict()
+    on = {key for key, value in settings.items() if key.startswith("weight_") and value}
+    assert on == {"weight_labelled", "weight_healthy", "weight_decay_s"}
+    assert settings["pasted_share"] == 1
+
+
 def test_ablation_changes_one_thing_at_a_time() -> None:
     study = load_study("ablation", {"dataset": 501})
     settings = {key: study.settings_of(key, {}).to_dict() for key in study.arms}
@@ -125,7 +132,7 @@ def test_command_line_assigns_entries_of_the_study_and_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("gasnet_nnunet.study_prepare.prepare", lambda study, *_: seen.append(study) or 1 / 0)
+    monkeypatch.setattr("gasnet_nnunet.study_prepare.prepare", lambda study, *_, **__: seen.append(study) or 1 / 0)
     (tmp_path / "patients.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     words = ["folds=5", "seed=3", "num_epochs=2", 'groups={"file": "patients.json", "key": "anatomy"}']
@@ -176,6 +183,31 @@ def test_refuses_what_cannot_be_run(tmp_path: Path, text: str, message: str) -> 
     with pytest.raises(UserError) as problem:
         load_study(write(tmp_path, text))
     assert message in str(problem.value)
+
+
+def test_a_mistake_of_the_command_line_is_said_to_be_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "dataset: 501\nmasks: [1]\nsettings: {num_epochs: 3}\narms: {a: {}}\n")
+    with pytest.raises(UserError, match=r"masks \(of the command line\): Input should be a list \(found 1\)"):
+        load_study(path, {"masks": 1})
+    with pytest.raises(UserError, match=r"settings\.num_epoch \(of the command line\): .* Did you mean 'num_epochs'"):
+        load_study(path, {"settings": {"num_epoch": 1}})
+
+
+def test_a_model_to_go_on_from_is_found_from_the_studys_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, "dataset: 501\narms: {a: {settings: {init_from: model.pth}}}\n")
+    with pytest.raises(UserError, match=r"init_from .*model\.pth, and there is no such file"):
+        load_study(path)
+    (tmp_path / "model.pth").touch()
+    assert load_study(path).arms["a"].settings["init_from"] == str(tmp_path / "model.pth")
+
+
+def test_nnunets_search_for_a_trainer_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    with pytest.raises(UserError, match=r"no trainer 'GASNetTrainr'.*Did you mean 'GASNetTrainer'"):
+        load_study(write(tmp_path, "dataset: 501\narms: {a: {trainer: GASNetTrainr}}\n"))
+    assert capsys.readouterr().out == ""
 
 
 def test_names_all_problems_at_once(tmp_path: Path) -> None:

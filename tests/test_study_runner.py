@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 import tiny_dataset
 import torch
 from rich.console import Console
@@ -26,8 +27,16 @@ from gasnet_nnunet.study import Study, load_study
 from gasnet_nnunet.study_prepare import prepare
 from gasnet_nnunet.study_progress import Estimate
 from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
-from gasnet_nnunet.study_report import _differences
-from gasnet_nnunet.study_runner import WaitingError, find_script, record_of, state_of, steps_of, training_seconds
+from gasnet_nnunet.study_report import _differences, write_report
+from gasnet_nnunet.study_runner import (
+    Runner,
+    WaitingError,
+    find_script,
+    record_of,
+    state_of,
+    steps_of,
+    training_seconds,
+)
 from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
 
 DATASET = "Dataset501_Tiny"
@@ -197,6 +206,131 @@ def test_commands_are_printed_and_not_run(
     said = capsys.readouterr().out
     assert f"# nnUNetv2_train {DATASET} 3d_fullres 0 -tr SupervisedBaselineTrainer -p supervised -device cpu" in said
     assert "--only broken/masks1_repeat0_fold0" in said
+
+
+def test_printed_commands_work_in_a_new_shell(
+    crashed: tuple[Path, set[str], set[str]], capsys: pytest.CaptureFixture[str], folders: Path
+) -> None:
+    out, _, _ = crashed
+    command(str(out / "study.yaml"), out=out, device="cpu", commands=True)
+    said = capsys.readouterr().out
+    for name in ("raw", "preprocessed", "results"):
+        assert f"export nnUNet_{name}={folders / name}" in said
+
+
+def test_nothing_is_made_to_print_or_report(folders: Path, tmp_path: Path) -> None:
+    name = write_study(tmp_path / "files", plans="Mine", plan={"preset": "small", "patch": [16, 48, 48]})
+    with pytest.raises(UserError, match=r"gasnet-nnunet plan -d 501 --name Mine --preset small --patch 16 48 48"):
+        command(name, out=tmp_path / "out", device="cpu", commands=True)
+    assert not list((folders / "preprocessed" / DATASET).glob("Mine*"))
+    with pytest.raises(UserError, match="holds no study that could be reported on"):
+        command(name, out=tmp_path / "nowhere", report=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_no_phantom_patients_are_drawn_to_print(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        # The study sets them to folders of its own.
+        monkeypatch.setenv(f"nnUNet_{name}", str(folders / name))
+    phantoms = load_study("phantom").dump()
+    (tmp_path / "phantom.yaml").write_text(phantoms, encoding="utf-8")
+    with pytest.raises(UserError, match="phantom patients of this study have not been drawn"):
+        prepare(load_study(str(tmp_path / "phantom.yaml")), tmp_path / "drawn", Console(quiet=True), make=False)
+    assert not (tmp_path / "drawn" / "phantoms").exists()
+
+
+def test_a_study_file_is_kept(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    path = Path(write_study(out))
+    text = "# my own words\n" + path.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+    command(str(path), out=out, commands=True)
+    assert path.read_text(encoding="utf-8") == text
+    with pytest.raises(UserError, match="999"):
+        command("one-mask", dataset="999", out=out, commands=True)
+    assert path.read_text(encoding="utf-8") == text
+    command(str(path), out=out, commands=True, set_=["num_epochs=2"])
+    assert "num_epochs: 2" in path.read_text(encoding="utf-8")
+    (kept,) = (out / "superseded").iterdir()
+    assert kept.read_text(encoding="utf-8") == text
+    assert kept.name in capsys.readouterr().out
+
+
+def test_runs_of_other_settings_are_made_again_only_when_asked(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    text = (out / "study.yaml").read_text(encoding="utf-8")
+    before = record_of(opened(out), run_of(opened(out), "supervised")).content
+    try:
+        with pytest.raises(UserError, match=r"1 of 1 runs were made with other settings.* supervised/.* --redo"):
+            command(str(out / "study.yaml"), out=out, device="cpu", only=["supervised"], set_=["num_epochs=2"])
+    finally:
+        (out / "study.yaml").write_text(text, encoding="utf-8")
+    workspace = opened(out)
+    assert record_of(workspace, run_of(workspace, "supervised")).content == before
+    assert state_of(workspace, run_of(workspace, "supervised")) == "done"
+
+
+def test_a_corrected_mask_changes_the_scores(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    run = run_of(workspace, "supervised")
+    case = next(case for case in run.deal.test if workspace.cohort.cases[case].lesion_voxels)
+    mask = workspace.base / "gt_segmentations" / f"{case}.nii.gz"
+
+    def lesion_ml() -> float:
+        write_report(opened(out))
+        results = pd.read_csv(out / "results.csv", dtype={"case": str}).set_index("case")
+        return float(results.loc[case, "lesion_ml"])
+
+    before, content = lesion_ml(), mask.read_bytes()
+    image = sitk.ReadImage(mask)
+    array = sitk.GetArrayFromImage(image)
+    array[: array.nonzero()[0].mean().astype(int)] = 0
+    smaller = sitk.GetImageFromArray(array)
+    smaller.CopyInformation(image)
+    try:
+        sitk.WriteImage(smaller, mask)
+        assert 0 < lesion_ml() < before
+    finally:
+        mask.write_bytes(content)
+    assert lesion_ml() == before
+
+
+def test_a_fault_in_a_run_leaves_the_others(
+    crashed: tuple[Path, set[str], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    run = run_of(workspace, "broken")
+    before = record_of(workspace, run).path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("sitk::ERROR: a broken file")
+
+    monkeypatch.setattr("gasnet_nnunet.study_runner.is_done", fail)
+    try:
+        assert Runner(workspace, "cpu").run(run) == "failed"
+        reason = record_of(workspace, run).content["reason"]
+        assert reason.startswith("RuntimeError: sitk::ERROR: a broken file; where: ")
+        assert "Traceback" in Path(reason.split("where: ")[1]).read_text(encoding="utf-8")
+    finally:
+        record_of(workspace, run).path.write_bytes(before)
+
+
+def test_time_left_of_a_training_that_goes_on(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    study = opened(out).study
+    longer = study.model_copy(update={"settings": {"num_epochs": 100}})
+    workspace = Workspace(longer, out, opened(out).dataset)
+    workspace.write()
+    run = run_of(workspace, "broken")
+    estimate = Estimate(workspace, [run])
+    estimate.start(run)
+    for line in ("Epoch 90 ", "Epoch time: 60.0 s", "Epoch 91 "):
+        estimate.hear(f"2026-01-01 10:00:00.000000: {line}")
+    assert estimate.seconds() == pytest.approx(600, abs=1)
+    assert estimate.doing.endswith("epoch 91 of 100")
+    opened(out)
 
 
 def test_time_left_is_told_by_what_runs_took(crashed: tuple[Path, set[str], set[str]]) -> None:

@@ -11,7 +11,7 @@ from gasnet_nnunet.cohort import Case, Cohort, Kind
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.splits import read_fold
 from gasnet_nnunet.study import Groups, Study
-from gasnet_nnunet.study_splits import Deal, make_deals, read_groups
+from gasnet_nnunet.study_splits import Deal, check_patterns, make_deals, read_groups
 
 
 def cohort(labelled: int = 6, diseased: int = 3, healthy: int = 6) -> Cohort:
@@ -147,6 +147,16 @@ def test_refuses_what_the_dataset_does_not_have(changes: dict[str, object], mess
     with pytest.raises(UserError) as problem:
         make_deals(study(**changes), cohort(), {})
     assert message in str(problem.value)
+
+
+def test_refuses_patterns_that_match_nothing() -> None:
+    cases = cohort()
+    asked = study(volumes=("disesed_*", "healthy_*"), subsets={"old": "nobody"}, test=2)
+    deals = make_deals(asked, cases, {})
+    with pytest.raises(UserError, match=r"volumes: 'disesed_\*' is no case .* subsets: 'nobody' is no test case"):
+        check_patterns(asked, cases, deals)
+    fine = study(volumes=("diseased_*", "healthy_*"), subsets={"all": "*"}, test=2)
+    check_patterns(fine, cases, make_deals(fine, cases, {}))
 
 
 def test_groups_of_a_file(tmp_path: Path) -> None:

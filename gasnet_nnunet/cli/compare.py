@@ -167,4 +167,5 @@ def _tell(result: Comparison, console: Console) -> None:
         ("comparison.png", "the same, drawn"),
         ("overlays", "what each model found in each case"),
     ):
-        console.print(f"  {escape(str(result.folder / name))}  [dim]{what}[/]")
+        if name != "overlays" or any((result.folder / name).glob("*.png")):
+            console.print(f"  {escape(str(result.folder / name))}  [dim]{what}[/]")

@@ -44,6 +44,9 @@ def study(
     commands: Annotated[bool, typer.Option("--commands", help="Print what would be run, and run nothing.")] = False,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs to SLURM (needs submitit).")] = False,
     report: Annotated[bool, typer.Option("--report", help="Collect what there is, and run nothing.")] = False,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Make runs again that were made with other settings, plans or cases.")
+    ] = False,
 ) -> None:
     """Train and compare several methods on one dataset, with a table and figures at the end.
 
@@ -64,11 +67,18 @@ def study(
         changes["device"] = device
     loaded = load_study(name, changes)
     folder = (out or Path(f"{Path(name).stem}_study")).absolute()
+    if report and not (folder / "study.yaml").is_file():
+        raise UserError(f"{folder} holds no study that could be reported on. Name its folder with --out.")
     with console.status("Loading nnU-Net"):
         from gasnet_nnunet.study_prepare import prepare
 
     started = time.monotonic()
-    workspace, chosen_device = prepare(loaded, folder, console)
+    workspace, chosen_device = prepare(loaded, folder, console, make=not (commands or report))
+    if workspace.earlier_study is not None:
+        console.print(
+            f"[yellow]Note:[/] {escape(str(folder))} held another study file; it is kept as "
+            f"{escape(str(workspace.earlier_study))}."
+        )
     runs = _chosen(workspace, only or [])
     if report:
         _end(workspace, console)
@@ -77,6 +87,16 @@ def study(
     if commands:
         _print_commands(workspace, runs, chosen_device, console)
         return
+    from gasnet_nnunet.cohort import abbreviate
+    from gasnet_nnunet.study_runner import Runner, state_of
+
+    changed = [run.name for run in runs if state_of(workspace, run, chosen_device) == "changed"]
+    if changed and not redo:
+        raise UserError(
+            f"{len(changed)} of {len(runs)} runs were made with other settings, plans or cases than the study asks for "
+            f"now: {abbreviate(changed, LISTED)}. Name the --set of before to keep them, or add --redo to make them "
+            f"again; what they have left is moved to {folder / 'superseded'}."
+        )
     if slurm:
         from gasnet_nnunet.study_slurm import submit
 
@@ -84,9 +104,6 @@ def study(
             console.print(escape(line))
         console.print(f"Once they have ended: [bold]{escape(_again(workspace))} --report[/]")
         return
-    from gasnet_nnunet.cohort import abbreviate
-    from gasnet_nnunet.study_runner import Runner, state_of
-
     runner = Runner(workspace, chosen_device)
     runner.clock.started = started
     # As Ctrl-C, so that no command goes on alone.
@@ -126,27 +143,29 @@ def _plan(workspace: Workspace, runs: list[Run], device: str) -> str:
     """What the study is, in two or three lines."""
     from gasnet_nnunet.cohort import abbreviate
 
-    study, deals = workspace.study, workspace.deals
+    study, deals, cases = workspace.study, workspace.deals, workspace.cohort.cases
     tested = {case for deal in deals for case in workspace.test_set(deal).cases}
     lines = [
         f"[bold]{escape(study.title)}[/]: {len(runs)} runs on {workspace.dataset.name} ({device}), {len(study.arms)} "
         f"arms x {len(deals)} choices of cases, {len(tested)} test cases ({abbreviate(sorted(tested), LISTED)}).",
         f"Folder: {escape(str(workspace.out))}",
     ]
-    if not workspace.groups:
+    alone = [case for case in sorted(cases) if case not in workspace.groups]
+    if alone:
         lines.append(
-            "[yellow]Note:[/] neither dataset.json nor 'groups' names patients, so each case was taken for a patient "
-            "of its own."
+            f"[yellow]Note:[/] neither dataset.json nor 'groups' says whom {len(alone)} of {len(cases)} cases show "
+            f"({abbreviate(alone, LISTED)}), so each of them was taken for a patient of its own."
         )
     return "\n".join(lines)
 
 
 def _print_commands(workspace: Workspace, runs: list[Run], device: str, console: Console) -> None:
     """A line a run that can be run anywhere, in this order, and nnU-Net's commands that it stands for."""
-    from gasnet_nnunet.study_runner import WaitingError, steps_of
+    from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS
+    from gasnet_nnunet.study_runner import WaitingError, state_of, steps_of
 
     again = _again(workspace)
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+    for variable in NNUNET_FOLDERS:
         value = os.environ.get(variable)
         if value:
             console.print(f"export {variable}={shlex.quote(value)}", markup=False)
@@ -162,7 +181,8 @@ def _print_commands(workspace: Workspace, runs: list[Run], device: str, console:
         for step in steps:
             for command in step.commands:
                 console.print(f"# {shlex.join(command)}", markup=False)
-        console.print(f"{again} --only {run.name}", markup=False)
+        redo = " --redo" if state_of(workspace, run, device) == "changed" else ""
+        console.print(f"{again} --only {run.name}{redo}", markup=False)
     console.print(f"{again} --report", markup=False)
 
 
