@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+import submitit
 import tiny_dataset
 import torch
 from rich.console import Console
@@ -37,6 +39,7 @@ from gasnet_nnunet.study_runner import (
     steps_of,
     training_seconds,
 )
+from gasnet_nnunet.study_slurm import submit
 from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
 
 DATASET = "Dataset501_Tiny"
@@ -532,11 +535,10 @@ def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> No
     assert (out / "overlays.png").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None:
     out = folders / "interrupted"
-    arms = {"gasnet": {"settings": {"num_epochs": 40, "save_every_minutes": 0.0001}}}
+    arms = {"gasnet": {"settings": {"num_epochs": 15, "save_every_minutes": 0.0001}}}
     name = write_study(folders / "files3", arms=arms)
     arguments = ["study", name, "--out", str(out), "--device", "cpu"]
     program = [sys.executable, "-c", "from gasnet_nnunet.cli import main; main()", *arguments]
@@ -557,11 +559,7 @@ def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None
     assert " --c" in (out / "logs" / "gasnet" / run.deal.name / "train.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_jobs_of_a_cluster(folders: Path) -> None:
-    pytest.importorskip("submitit")
-    from gasnet_nnunet.study_slurm import submit
-
     out = folders / "cluster"
     load_study(write_study(folders / "files4", arms={"supervised": ARMS["supervised"]}, device="cpu"))
     out.mkdir()
@@ -572,6 +570,39 @@ def test_jobs_of_a_cluster(folders: Path) -> None:
     while state_of(workspace, workspace.runs[0]) != "done" and time.monotonic() < end:
         time.sleep(1)
     assert state_of(workspace, workspace.runs[0]) == "done"
+
+
+def test_a_job_waits_for_the_job_whose_model_it_goes_on_from(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Executor:
+        """In place of SLURM, which the machines of the tests do not have: notes what it is asked for."""
+
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def update_parameters(self, **options: Any) -> None:
+            asked.append(options)
+
+        def submit(self, *_: Any) -> SimpleNamespace:
+            return SimpleNamespace(job_id=100 + len(asked))
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", lambda: 1)
+    arms = {"finetuned": {"init_from": "gasnet"}, "gasnet": {}, "supervised": ARMS["supervised"]}
+    options = {"job": "arm", "options": {"slurm_additional_parameters": {"account": "ward"}}}
+    workspace = open_workspace(load_study(write_study(tmp_path / "out", arms=arms, slurm=options)), tmp_path / "out")
+    lines = submit(workspace, workspace.runs)
+    jobs = {job["name"]: job for job in asked}
+    number = next(line.split(":")[0] for line in lines if "gasnet/" in line)
+    assert jobs["finetuned"]["slurm_additional_parameters"] == {
+        "account": "ward",
+        "dependency": f"afterany:{number}",
+    }
+    assert "dependency" not in jobs["gasnet"]["slurm_additional_parameters"]
+    assert all(job["gpus_per_node"] == 1 for job in jobs.values())
 
 
 @pytest.mark.slow
