@@ -45,7 +45,6 @@ def prepare(study: Study, out: Path, console: Console, *, make: bool = True) -> 
     Raises:
         UserError: What the user has to mend first, or what is missing if nothing may be made.
     """
-    given = study
     if study.phantoms is None:
         find_dataset(str(study.dataset))
     check_folder(out)
@@ -74,7 +73,7 @@ def prepare(study: Study, out: Path, console: Console, *, make: bool = True) -> 
         _run(command, out, "plan", console)
         unfinished.unlink()
     made = time.monotonic() - start
-    workspace = open_workspace(study, out, given=given)
+    workspace = open_workspace(study, out)
     workspace.preparation_seconds = made
     return workspace, study.device or _device()
 

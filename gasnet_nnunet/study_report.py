@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import (
     METRICS,
     MODEL_COLOURS,
@@ -58,11 +59,13 @@ class Report:
         table: For the terminal.
         remarks: A sentence each.
         files: What was written.
+        failed: Runs that have predicted but could not be scored.
     """
 
     table: Table
     remarks: list[str]
     files: list[Path]
+    failed: list[str]
 
 
 def write_report(workspace: Workspace) -> Report:
@@ -72,6 +75,7 @@ def write_report(workspace: Workspace) -> Report:
         workspace: The study.
     """
     runs = _runs(workspace)
+    failed = _score(workspace, runs)
     results = _results(workspace, runs)
     out = workspace.out
     files = [out / "runs.csv"]
@@ -90,7 +94,7 @@ def write_report(workspace: Workspace) -> Report:
     write_text(files[-1], "\n".join(text))
     # A terminal is narrow; summary.md has all columns.
     table = to_rich(cells.drop(columns=list(NOT_IN_TERMINALS)), title=workspace.study.title)
-    return Report(table, remarks, files)
+    return Report(table, remarks, files, failed)
 
 
 def _runs(workspace: Workspace) -> pd.DataFrame:
@@ -118,12 +122,25 @@ def _runs(workspace: Workspace) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _score(workspace: Workspace, runs: pd.DataFrame) -> list[str]:
+    """Score what is not scored yet, or against masks that have changed since; the state of what cannot be is failed."""
+    failed = []
+    for row, run in enumerate(workspace.runs):
+        if runs.loc[row, "state"] == "done":
+            try:
+                scores_of(workspace, run, steps_of(workspace, run, "cpu"), record_of(workspace, run))
+            except (UserError, OSError, RuntimeError) as problem:
+                runs.loc[row, ["state", "reason"]] = "failed", f"its predictions cannot be scored: {problem}"
+                failed.append(run.name)
+    return failed
+
+
 def _results(workspace: Workspace, runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each test case of each run that is done."""
     frames = []
     for run, state in zip(workspace.runs, runs["state"], strict=True):
         if state == "done":
-            path = scores_of(workspace, run, steps_of(workspace, run, "cpu"), record_of(workspace, run))
+            path = record_of(workspace, run).path.with_suffix(".csv")
             frame = pd.read_csv(path, dtype={"case": str})
             places: dict[str, Any] = {
                 "arm": run.arm,

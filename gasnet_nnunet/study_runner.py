@@ -160,6 +160,17 @@ def state_of(workspace: Workspace, run: Run, device: str = "cpu") -> str:
     return "unfinished" if state == "done" else state
 
 
+def needs_redo(workspace: Workspace, run: Run, device: str = "cpu") -> bool:
+    """Whether a model of a run would be made again, because it or one that it waits for was made for something else."""
+    if state_of(workspace, run, device) == "changed":
+        return True
+    noted = record_of(workspace, run).content["steps"].values()
+    others = [other for other in workspace.runs if other.arm in workspace.study.needs(run.arm)]
+    return any(entry.get("kind") == "train" and entry.get("done") for entry in noted) and any(
+        needs_redo(workspace, other, device) for other in others if other.deal == run.deal
+    )
+
+
 def _is_of_something_else(step: Step, record: RunRecord) -> bool:
     """Whether a training was done, or has come to a checkpoint, with another fingerprint."""
     entry = record.step(step.name)
@@ -273,7 +284,7 @@ class _Chain:
             *("-tr", self.arm.trainer, "-p", plans_name, "-device", self.device),
         )
         self.last = fingerprint(
-            self.last, self.arm.trainer, {**plans, "plans_name": plans_name}, entry, workspace.data_fingerprint()
+            self.last, self.arm.trainer, {**plans, "plans_name": plans_name}, entry, workspace.data_fingerprint(run.arm)
         )
 
         def work(call: Callable[[Sequence[str], Mapping[str, str]], None]) -> None:
@@ -292,14 +303,14 @@ class _Chain:
             return {}
         other = self._other(self.arm.init_from)
         steps = steps_of(self.workspace, other, self.device)
-        model = next(step.model for step in reversed(steps) if step.model is not None)
-        self.last = fingerprint(self.last, steps[-1].fingerprint)
+        model, of_model = next((step.model, step.fingerprint) for step in reversed(steps) if step.model is not None)
+        self.last = fingerprint(self.last, of_model)
         return {"init_from": str(model / f"checkpoint_{self.study.checkpoint}.pth")}
 
     def _predict(self, model: Model) -> Step:
         tests = self.workspace.test_set(self.run.deal)
         out = self._folder("predictions")
-        self.last = fingerprint(self.last, list(tests.cases), self.study.checkpoint, self.study.mirroring)
+        self.last = fingerprint(self.last, tests.scans, self.study.checkpoint, self.study.mirroring)
         return self._prediction("predict", model, tests.folder / "images", out, tests)
 
     def _predict_diseased(self, model: Model, folder: Path, number: int) -> Step:
@@ -312,7 +323,7 @@ class _Chain:
                 for channel, image in enumerate(self.workspace.raw_images(case)):
                     link(image, images / f"{case}_{channel:04d}{self.workspace.ending}")
 
-        self.last = fingerprint(self.last, cases)
+        self.last = fingerprint(self.last, cases, self.study.checkpoint, self.study.mirroring)
         tests = TestSet(images, tuple(cases))
         return self._prediction(f"round{number}_predict", model, images, folder / "predicted", tests, link_images)
 

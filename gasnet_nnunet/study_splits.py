@@ -292,7 +292,7 @@ def check_patterns(study: Study, cohort: Cohort, deals: Sequence[Deal]) -> None:
     cases = sorted(cohort.cases)
     tested = sorted({case for deal in deals for case in deal.test})
     asked = {"volumes": (study.volumes or (), cases), "subsets": (tuple(study.subsets.values()), tested)}
-    asked |= {f"arms.{key}.volumes": (study.volumes_of(key) or (), cases) for key in study.arms}
+    asked |= {f"arms.{key}.volumes": (arm.volumes or (), cases) for key, arm in study.arms.items()}
     problems = [
         f"{place}: '{pattern}' is no {'test case' if place == 'subsets' else 'case'} of the dataset. There are "
         f"{abbreviate(valid)}."

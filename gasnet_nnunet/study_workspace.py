@@ -75,11 +75,13 @@ class TestSet:
     Args:
         folder: Has `images`, `masks` and perhaps `lungs` in it.
         cases: Their names.
-        stamp: Changes when one of the files does.
+        scans: Changes when a scan does.
+        stamp: Changes when a scan or a mask does.
     """
 
     folder: Path
     cases: tuple[str, ...]
+    scans: str = ""
     stamp: str = ""
 
     @property
@@ -117,8 +119,6 @@ class Workspace:
         self._numbers: dict[str, int] = {}
         self._test_sets: dict[str, TestSet] = {}
         self.preparation_seconds = 0.0
-        self.earlier_study: Path | None = None
-        """Copy of the study file that stood in the folder and said something else."""
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -211,10 +211,12 @@ class Workspace:
         trainer = self.study.arms[run.arm].trainer
         return self.results / f"{trainer}__{plans_name}__{self.study.configuration}" / f"fold_{run.number}"
 
-    def data_fingerprint(self) -> Any:
-        """What tells these preprocessed cases from others."""
-        record = self.base / "gasnet_preprocessed.json"
-        return [read_json(record) if record.is_file() else None, self.dataset_json["labels"]]
+    def data_fingerprint(self, arm: str) -> Any:
+        """What tells the preprocessed cases of an arm from others."""
+        path = self.base / "gasnet_preprocessed.json"
+        record = read_json(path) if path.is_file() else {}
+        name = str(self.plans[arm]["configurations"][self.study.configuration]["data_identifier"])
+        return [{name: record[name]} if name in record else None, self.dataset_json["labels"]]
 
     def splits(self) -> list[dict[str, Any]]:
         """The study's folds by number."""
@@ -259,7 +261,8 @@ class Workspace:
                 write_json(place / marker.name, state)
                 shutil.rmtree(folder, ignore_errors=True)
                 place.rename(folder)
-        return TestSet(folder, cases, fingerprint(state))
+        scans = {name: entry for name, entry in state.items() if name.startswith("images/")}
+        return TestSet(folder, cases, fingerprint(scans), fingerprint(state))
 
     def raw_images(self, case: str) -> list[Path]:
         """The scans of a training case, one a channel."""
@@ -415,13 +418,12 @@ def fingerprint(*parts: Any) -> str:
     return _digest([FORMAT, *parts])[:20]
 
 
-def open_workspace(study: Study, out: Path, *, given: Study | None = None) -> Workspace:
-    """Check a study against its dataset and write its folder.
+def open_workspace(study: Study, out: Path) -> Workspace:
+    """Check a study against its dataset and write its folder, but for `study.yaml`.
 
     Args:
         study: The study.
         out: Its folder.
-        given: What is written as `study.yaml`, where it is not the same: a study that draws its own dataset.
 
     Raises:
         UserError: The dataset is not there or has not what the study asks for, or the folder holds something else.
@@ -429,12 +431,15 @@ def open_workspace(study: Study, out: Path, *, given: Study | None = None) -> Wo
     check_folder(out)
     workspace = Workspace(study, out, find_dataset(str(study.dataset)))
     workspace.write()
-    workspace.earlier_study = _keep_study(out, given or study)
     return workspace
 
 
-def _keep_study(out: Path, study: Study) -> Path | None:
-    """Write `study.yaml`, unless what stands there says the same; what says something else is kept beside."""
+def keep_study(out: Path, study: Study) -> Path | None:
+    """Write `study.yaml`, unless what stands there says the same.
+
+    Returns:
+        A copy of what stood there and said something else.
+    """
     path, earlier = out / STUDY, None
     if path.is_file():
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,14 +264,60 @@ def test_runs_of_other_settings_are_made_again_only_when_asked(crashed: tuple[Pa
     out, _, _ = crashed
     text = (out / "study.yaml").read_text(encoding="utf-8")
     before = record_of(opened(out), run_of(opened(out), "supervised")).content
-    try:
-        with pytest.raises(UserError, match=r"1 of 1 runs were made with other settings.* supervised/.* --redo"):
-            command(str(out / "study.yaml"), out=out, device="cpu", only=["supervised"], set_=["num_epochs=2"])
-    finally:
-        (out / "study.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"1 of 1 runs were made with other settings.* supervised/.* --redo"):
+        command(str(out / "study.yaml"), out=out, device="cpu", only=["supervised"], set_=["num_epochs=2"])
+    assert (out / "study.yaml").read_text(encoding="utf-8") == text
     workspace = opened(out)
     assert record_of(workspace, run_of(workspace, "supervised")).content == before
     assert state_of(workspace, run_of(workspace, "supervised")) == "done"
+
+
+def test_runs_are_made_again_when_asked(
+    crashed: tuple[Path, set[str], set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(crashed[0], tmp_path / "out", symlinks=True))
+    arguments: dict[str, Any] = {"out": out, "device": "cpu", "only": ["supervised"], "set_": ["learning_rate_s=0.005"]}
+    command(str(out / "study.yaml"), **arguments, commands=True)
+    assert "--only supervised/masks1_repeat0_fold0 --redo" in capsys.readouterr().out
+    command(str(out / "study.yaml"), **arguments, redo=True)
+    kept = {path.name.split("_", 1)[1] for path in (out / "superseded").iterdir()}
+    assert "supervised_masks1_repeat0_fold0_train_fold_0" in kept
+    workspace = opened(out)
+    assert state_of(workspace, run_of(workspace, "supervised")) == "done"
+
+
+def test_an_interrupted_training_of_other_settings_counts_as_changed(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    run = run_of(workspace, "supervised")
+    record = record_of(workspace, run)
+    content = record.path.read_bytes()
+    try:
+        record.note("train", done=False)
+        record.note(state="unfinished")
+        longer = workspace.study.model_copy(update={"settings": {"num_epochs": 2}})
+        assert state_of(workspace, run) == "unfinished"
+        assert state_of(Workspace(longer, out, workspace.dataset), run) == "changed"
+    finally:
+        record.path.write_bytes(content)
+
+
+def test_predictions_that_cannot_be_scored_leave_the_others(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    run = run_of(workspace, "supervised")
+    prediction = steps_of(workspace, run, "cpu")[-1].made[0]
+    content, scores = prediction.read_bytes(), record_of(workspace, run).path.with_suffix(".csv")
+    try:
+        prediction.write_bytes(content[: len(content) // 2])
+        scores.unlink()
+        report = write_report(opened(out))
+        assert report.failed == [run.name]
+        assert any(prediction.name in remark for remark in report.remarks)
+    finally:
+        prediction.write_bytes(content)
+    assert write_report(opened(out)).failed == []
+    assert scores.is_file()
 
 
 def test_a_corrected_mask_changes_the_scores(crashed: tuple[Path, set[str], set[str]]) -> None:
@@ -538,7 +585,7 @@ def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> No
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None:
     out = folders / "interrupted"
-    arms = {"gasnet": {"settings": {"num_epochs": 15, "save_every_minutes": 0.0001}}}
+    arms = {"gasnet": {"settings": {"num_epochs": 6, "save_every_minutes": 0.0001}}}
     name = write_study(folders / "files3", arms=arms)
     arguments = ["study", name, "--out", str(out), "--device", "cpu"]
     program = [sys.executable, "-c", "from gasnet_nnunet.cli import main; main()", *arguments]

@@ -74,29 +74,31 @@ def study(
 
     started = time.monotonic()
     workspace, chosen_device = prepare(loaded, folder, console, make=not (commands or report))
-    if workspace.earlier_study is not None:
-        console.print(
-            f"[yellow]Note:[/] {escape(str(folder))} held another study file; it is kept as "
-            f"{escape(str(workspace.earlier_study))}."
-        )
     runs = _chosen(workspace, only or [])
     if report:
         _end(workspace, console)
         return
     console.print(_plan(workspace, runs, "SLURM" if slurm else chosen_device))
+    from gasnet_nnunet.cohort import abbreviate
+    from gasnet_nnunet.study_runner import Runner, needs_redo, state_of
+    from gasnet_nnunet.study_workspace import keep_study
+
+    changed = [run.name for run in runs if needs_redo(workspace, run, chosen_device)]
+    if changed and not (redo or commands):
+        raise UserError(
+            f"{len(changed)} of {len(runs)} runs were made with other settings, plans or cases than the study asks for "
+            f"now, or wait for such a run: {abbreviate(changed, LISTED)}. To keep them, ask for what was asked for "
+            "before (--set, the file). To make them again, add --redo; what they have left is moved to "
+            f"{folder / 'superseded'}."
+        )
+    earlier = keep_study(folder, loaded)
+    if earlier is not None:
+        console.print(
+            f"[yellow]Note:[/] {escape(str(folder))} held another study file; it is kept as {escape(str(earlier))}."
+        )
     if commands:
         _print_commands(workspace, runs, chosen_device, console)
         return
-    from gasnet_nnunet.cohort import abbreviate
-    from gasnet_nnunet.study_runner import Runner, state_of
-
-    changed = [run.name for run in runs if state_of(workspace, run, chosen_device) == "changed"]
-    if changed and not redo:
-        raise UserError(
-            f"{len(changed)} of {len(runs)} runs were made with other settings, plans or cases than the study asks for "
-            f"now: {abbreviate(changed, LISTED)}. Name the --set of before to keep them, or add --redo to make them "
-            f"again; what they have left is moved to {folder / 'superseded'}."
-        )
     if slurm:
         from gasnet_nnunet.study_slurm import submit
 
@@ -113,8 +115,8 @@ def study(
     finally:
         signal.signal(signal.SIGTERM, before)
         runner.note_time()
-    _end(workspace, console)
-    left = [run.name for run in runs if state_of(workspace, run, chosen_device) != "done"]
+    unscored = _end(workspace, console)
+    left = [run.name for run in runs if run.name in unscored or state_of(workspace, run, chosen_device) != "done"]
     if left:
         raise UserError(
             f"{len(left)} of {len(runs)} runs are not done, see above: {abbreviate(left, LISTED)}. The same command "
@@ -162,7 +164,7 @@ def _plan(workspace: Workspace, runs: list[Run], device: str) -> str:
 def _print_commands(workspace: Workspace, runs: list[Run], device: str, console: Console) -> None:
     """A line a run that can be run anywhere, in this order, and nnU-Net's commands that it stands for."""
     from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS
-    from gasnet_nnunet.study_runner import WaitingError, state_of, steps_of
+    from gasnet_nnunet.study_runner import WaitingError, needs_redo, steps_of
 
     again = _again(workspace)
     for variable in NNUNET_FOLDERS:
@@ -181,7 +183,7 @@ def _print_commands(workspace: Workspace, runs: list[Run], device: str, console:
         for step in steps:
             for command in step.commands:
                 console.print(f"# {shlex.join(command)}", markup=False)
-        redo = " --redo" if state_of(workspace, run, device) == "changed" else ""
+        redo = " --redo" if needs_redo(workspace, run, device) else ""
         console.print(f"{again} --only {run.name}{redo}", markup=False)
     console.print(f"{again} --report", markup=False)
 
@@ -224,8 +226,12 @@ def _run(runner: Runner, runs: list[Run], console: Console) -> None:
                 console.print(f"  [red]{escape(str(record['reason']))}[/]")
 
 
-def _end(workspace: Workspace, console: Console) -> None:
-    """Collect, print the table and where the rest is."""
+def _end(workspace: Workspace, console: Console) -> list[str]:
+    """Collect, print the table and where the rest is.
+
+    Returns:
+        Runs that could not be scored.
+    """
     from gasnet_nnunet.study_report import write_report
 
     result = write_report(workspace)
@@ -235,3 +241,4 @@ def _end(workspace: Workspace, console: Console) -> None:
     console.print("See:")
     for path in result.files:
         console.print(f"  {escape(str(path))}")
+    return result.failed
