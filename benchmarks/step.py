@@ -69,7 +69,10 @@ def summed(dataset: str, plans: str, configuration: str, device: str, iterations
 
     def iteration() -> None:
         step.zero_grad()
-        step.labelled_term((trainer._to_device(batch["data"]), trainer._to_device(batch["target"])))
+        batches = [batch] if trainer._pasted is None else [batch, next(trainer._pasted)]
+        step.labelled_term(
+            *[(trainer._to_device(each["data"]), trainer._to_device(each["target"])) for each in batches]
+        )
         pair = trainer._next_pair()
         step.healthy_term(pair["healthy"])
         step.diseased_terms(pair, pseudo_on=True)
@@ -126,8 +129,9 @@ def parts(dataset: str, plans: str, configuration: str, device: str, iterations:
         step.step()
         adversary.optimizers["discriminator"].step()
 
-    counted: dict[str, tuple[int, Callable[[], None]]] = {
-        "S forward + backward": (4, segmenter),
+    counted: dict[str, tuple[float, Callable[[], None]]] = {
+        # I_l, I_h, I_d and I_ps, and what is pasted beside I_l.
+        "S forward + backward": (4 + trainer.settings.pasted_share, segmenter),
         "S forward": (steps, segmenter_forward),
         "G forward + backward": (2, generator),
         "G forward": (steps, generator_forward),
@@ -142,7 +146,6 @@ def parts(dataset: str, plans: str, configuration: str, device: str, iterations:
 
 def loading(dataset: str, plans: str, configuration: str, device: str, iterations: int) -> dict[str, Any]:
     """Loading and augmenting the patches of one iteration, by one worker."""
-    os.environ["nnUNet_n_proc_DA"] = "0"
     trainer = _trainer("GASNetTrainer", dataset, plans, configuration, device)
     settings = trainer.settings
 
@@ -165,7 +168,8 @@ def _trainer(name: str, dataset: str, plans: str, configuration: str, device: st
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    os.environ.setdefault("nnUNet_n_proc_DA", "0")
+    # These processes are a pool's, which may have no worker processes of their own.
+    os.environ["nnUNet_n_proc_DA"] = "0"
     os.environ["nnUNet_results"] = tempfile.mkdtemp()
     with open(os.devnull, "w") as silence:
         stdout, sys.stdout = sys.stdout, silence
@@ -242,7 +246,7 @@ def _print(results: dict[str, dict[str, Any]], device: str) -> None:
     total = 0.0
     for name, part in results["parts"].items():
         total += part["count"] * part["seconds"]
-        row(name, str(part["count"]), part["seconds"])
+        row(name, f"{part['count']:g}", part["seconds"])
     row("sum of the parts", "", total)
     table.add_section()
     row("loading its patches, one worker", "", results["loading"]["seconds"])
