@@ -148,10 +148,11 @@ def describe(model: TrainedModel, file: str, sha256: str) -> dict[str, Any]:
             "values": [int(label) for label in heads],
         }
     resize = (
-        "each channel in double precision by scikit-image's resize of this order (mode 'edge', anti_aliasing=False). "
-        "Where the greatest of the old spacings, or else of the new ones, is over 3 times the least and no other "
-        "equals it, slices across that axis are resized one by one in plane, and then along that axis the whole by "
-        "scipy.ndimage.map_coordinates of order_z (mode 'nearest') at scale * (index + 0.5) - 0.5"
+        "each channel in double precision by scikit-image's resize of this order (mode 'edge', anti_aliasing=False), "
+        "all axes at once. But where force_separate_z is null and the greatest of the old spacings, or else of the new "
+        "ones, is over 3 times the least and no other equals it, slices across that axis are resized one by one in "
+        "plane, and then along that axis the whole by scipy.ndimage.map_coordinates of order_z (mode 'nearest') at "
+        "scale * (index + 0.5) - 0.5"
     )
     return {
         "format": "gasnet-nnunet ONNX description 1",

@@ -317,6 +317,15 @@ class WholeLungPlanner(ExperimentPlanner):
             for channel, values in found.items()
         }
 
+    def determine_segmentation_softmax_export_fn(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """nnU-Net's, but interpolating along Z too.
+
+        nnU-Net repeats slices that are over three times as thick as their voxels are wide: it expects such CTs to have
+        been taken so. Ours are only planned so, and a lesion called in one slice would be 15 mm thick in the CT.
+        """
+        function, options = super().determine_segmentation_softmax_export_fn(*args, **kwargs)
+        return function, {**options, "force_separate_z": False}
+
     def plan_experiment(self) -> dict[str, Any]:
         """Make the plans, without writing them.
 

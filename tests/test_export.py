@@ -532,11 +532,12 @@ def resample(
     volume: np.ndarray, size: list[int], old: list[float], new: list[float], step: dict[str, Any]
 ) -> np.ndarray:
     """What the description says under "resample"."""
-    assert step["force_separate_z"] is None
+    assert step["force_separate_z"] in (None, False)
     if list(volume.shape) == size:
         return volume
     volume = volume.astype(float)
-    spacing = next((s for s in (old, new) if max(s) / min(s) > 3), None)
+    uneven = [s for s in (old, new) if max(s) / min(s) > 3 and step["force_separate_z"] is None]
+    spacing = next(iter(uneven), None)
     if spacing is None or spacing.count(max(spacing)) > 1:
         return np.asarray(resize(volume, size, step["order"], mode="edge", anti_aliasing=False))
     axis = spacing.index(max(spacing))
@@ -608,6 +609,9 @@ def ensemble(trained_once: Trained, tmp_path_factory: pytest.TempPathFactory) ->
     (made.root / "preprocessed").symlink_to(trained_once.root / "preprocessed")
     add_fold(made)
     foreign(made)
+    plans = json.loads((made.model / "plans.json").read_text(encoding="utf-8"))
+    plans["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"]["force_separate_z"] = False
+    (made.model / "plans.json").write_text(json.dumps(plans))
     with pytest.MonkeyPatch.context() as patch:
         use_folders(patch, made.root)
         said = export(made.root / "model.onnx", "--onnx")

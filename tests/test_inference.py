@@ -120,11 +120,17 @@ def test_mask_is_that_of_nnunet(
 
 @pytest.mark.parametrize("shape", [(40, 24, 26), (7, 24, 26), (9, 11, 13)])
 @pytest.mark.parametrize("spacing", [(5.0, 1.0, 1.0), (2.0, 1.5, 1.5)])
+@pytest.mark.parametrize("separate", [None, False])
 def test_slabs_are_resampled_as_the_whole(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], spacing: tuple[float, float, float]
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    separate: bool | None,
 ) -> None:
     monkeypatch.setattr(resampling, "SLAB_VOXELS", 2000)
-    configuration = PlansManager(tiny_dataset.plans("Dataset501_Tiny")).get_configuration("3d_fullres")
+    plans = tiny_dataset.plans("Dataset501_Tiny")
+    plans["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"]["force_separate_z"] = separate
+    configuration = PlansManager(plans).get_configuration("3d_fullres")
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((3, 9, 11, 13), generator=generator).half()
     new_spacing = tuple(s * a / b for s, a, b in zip(spacing, logits.shape[1:], shape, strict=True))

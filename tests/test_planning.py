@@ -390,9 +390,11 @@ def test_plans_have_the_keys_of_nnunets_own(planned: Path, monkeypatch: pytest.M
     for key in (
         set(reference)
         - {"data_identifier", "batch_size", "patch_size", "spacing", "architecture"}
-        - {"median_image_size_in_voxels"}
+        - {"median_image_size_in_voxels", "resampling_fn_probabilities_kwargs"}
     ):
         assert configuration[key] == json.loads(json.dumps(reference[key])), key
+    key = "resampling_fn_probabilities_kwargs"
+    assert configuration[key] == {**reference[key], "force_separate_z": False}
 
 
 def test_nnunet_reads_the_plans(planned: Path) -> None:
