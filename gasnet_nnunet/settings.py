@@ -167,7 +167,7 @@ class GASNetSettings:
     pseudo_ignore_above: Fraction | None = None
     pseudo_contrast: Fraction = 0.05
     pasted_share: Fraction = 1.0
-    paste_strength: tuple[Fraction, Fraction] = (0.5, 1.0)
+    paste_strength: tuple[Fraction, Fraction] = (0.7, 1.0)
     averaged_iterations: Count = 1
 
     patches: Literal["auto", "volume", "bag"] = "auto"
