@@ -321,7 +321,7 @@ class WholeLungPlanner(ExperimentPlanner):
         """nnU-Net's, but interpolating along Z too.
 
         nnU-Net repeats slices that are over three times as thick as their voxels are wide: it expects such CTs to have
-        been taken so. Ours are only planned so, and a lesion called in one slice would be 15 mm thick in the CT.
+        been taken so. Ours are only planned so, and a mistake in one slice would be as thick as the slice.
         """
         function, options = super().determine_segmentation_softmax_export_fn(*args, **kwargs)
         return function, {**options, "force_separate_z": False}
