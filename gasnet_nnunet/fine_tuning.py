@@ -19,6 +19,7 @@ from torch._dynamo import OptimizedModule
 
 from gasnet_nnunet.adversary import Adversary, needs_discriminator, needs_generator
 from gasnet_nnunet.checkpoints import CHECKPOINT_KEY, read_checkpoint
+from gasnet_nnunet.decision import weights_in_training
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 
@@ -38,7 +39,8 @@ class Origin:
         plans: Plans it was trained with.
         configuration: The configuration of these plans, whatever it inherits included.
         dataset_json: Of the dataset it was trained on.
-        weights: Weights of S with its heads; of its average where S was averaged, because that is what predicts.
+        weights: Weights of S with its heads, without the threshold in them; of its average where S was averaged,
+            because that is what predicts.
         adversary: State of G, D and their optimisers; `None` where the checkpoint holds none.
     """
 
@@ -195,7 +197,7 @@ def read_origin(checkpoint: str | Path) -> Origin:
         plans=plans,
         configuration=PlansManager(plans).get_configuration(arguments["configuration"]).configuration,
         dataset_json=arguments["dataset_json"],
-        weights=content["network_weights"],
+        weights=weights_in_training(content),
         adversary=content.get(CHECKPOINT_KEY, {}).get("adversary"),
     )
 

@@ -73,7 +73,7 @@ def model_card(model: TrainedModel, command: str) -> str:
         _versions(model),
         "## What is in here",
         f"`checkpoint_final.pth` of each fold is `{CHECKPOINTS[model.checkpoint]}` of the training, the segmenter's "
-        f"weights alone{_averaged(model)}. Left out on purpose: generator, discriminator and "
+        f"weights alone{_averaged(model)}{_decided(model)}. Left out on purpose: generator, discriminator and "
         "optimisers (training cannot go on from here, `-pretrained_weights` can), logs, pictures, predictions, "
         "post-processing, and the names of cases, patients, machines and folders.",
     ]
@@ -91,6 +91,12 @@ def _summary(model: TrainedModel) -> str:
 def _averaged(model: TrainedModel) -> str:
     iterations = model.settings.get("averaged_iterations", 1)
     return f", averaged over about {iterations} iterations" if iterations > 1 else ""
+
+
+def _decided(model: TrainedModel) -> str:
+    threshold = model.settings.get("lesion_threshold", 0.5)
+    told = f", with heads by which a probability of 0.5 is what training called {threshold:g}"
+    return told if threshold != 0.5 else ""
 
 
 def _labels(model: TrainedModel) -> list[str]:

@@ -34,7 +34,7 @@ class VolumeReading:
         case: Name of the case.
         healthy: Its kind.
         mean: Mean M^ in the lungs, 0 to 1.
-        burden: Share of the lungs with M^ above 0.5, 0 to 1.
+        burden: Share of the lungs that is called lesion, 0 to 1.
     """
 
     case: str

@@ -94,6 +94,8 @@ class GASNetSettings:
             which density may tell apart).
         averaged_iterations: Iterations over which S is averaged (exponentially); the average teaches L_ps, is
             validated, saved and predicts. 1 for S as it is (the paper).
+        lesion_threshold: M^ above which a trained model calls a voxel lesion. The biases of S's heads carry it in
+            every checkpoint, so that nnU-Net predicts by it; training is the same with any. 0.5 is nnU-Net's way.
         patches: Whether a patch holds the whole lungs ("volume") or a diseased patient is a bag of patches ("bag").
             "auto" takes "volume" for plans by `gasnet-nnunet plan` and "bag" for nnU-Net's own.
         bag_size: Patches of one patient that make a bag; at least 4 where the patches are bags.
@@ -169,6 +171,7 @@ class GASNetSettings:
     pasted_share: Fraction = 1.0
     paste_strength: tuple[Fraction, Fraction] = (0.7, 1.0)
     averaged_iterations: Count = 1
+    lesion_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
 
     patches: Literal["auto", "volume", "bag"] = "auto"
     bag_size: Count = 4

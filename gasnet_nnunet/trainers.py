@@ -38,6 +38,7 @@ from torch import distributed as dist
 from gasnet_nnunet.adversary import Adversary, needs_generator
 from gasnet_nnunet.checkpoints import CHECKPOINT_KEY, read_checkpoint, remove_leftovers, write_checkpoint
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, read_cohort
+from gasnet_nnunet.decision import decide_at, head_biases, weights_in_training
 from gasnet_nnunet.errors import DISK_FULL, UserError
 from gasnet_nnunet.fine_tuning import read_origin
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
@@ -61,8 +62,8 @@ ATTRIBUTES = {
 """nnU-Net's attribute for a setting of ours."""
 
 
-NOT_YET = {"pseudo_contrast": 0.0}
-"""How a checkpoint was trained that does not hold this setting: every one holds all that there were."""
+NOT_YET = {"pseudo_contrast": 0.0, "lesion_threshold": 0.5}
+"""How a checkpoint was trained that does not hold one of these: every one holds all settings that there were."""
 
 
 class GASNetTrainer(nnUNetTrainer):
@@ -93,6 +94,7 @@ class GASNetTrainer(nnUNetTrainer):
         self._background: Any = None
         self._pasted: Any = None
         self._extra_columns: dict[str, float] = {}
+        self._held_weights: dict[str, Tensor] = {}
         self._iterations_done = 0
         self._restored = False
         # Nothing is above infinity: nnU-Net's own rule for checkpoint_best never fires, ours does (selection.py).
@@ -183,6 +185,19 @@ class GASNetTrainer(nnUNetTrainer):
             self.adversary,
             self.device,
         )
+        with _one_sentence():
+            self._prediction_weights()
+
+    def _prediction_weights(self) -> dict[str, Tensor]:
+        """What predicts: S or its average, with the threshold in its heads.
+
+        Raises:
+            UserError: S cannot carry the threshold.
+        """
+        assert self.gasnet_step is not None
+        average = self.gasnet_step.average
+        predictor = plain_module(self.network if average is None else average.module)
+        return decide_at(predictor.state_dict(), self.settings.lesion_threshold, regions=self.label_manager.has_regions)
 
     def _start_from(self, checkpoint: str) -> None:
         """Give S, G and D the weights of a trained model (the setting `init_from`)."""
@@ -425,9 +440,7 @@ class GASNetTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's, by what the checkpoint predicts with; a full disk ends it in one sentence."""
-        assert self.gasnet_step is not None
-        if self.gasnet_step.average is not None:
-            plain_module(self.network).load_state_dict(self.gasnet_step.average.module.state_dict())
+        plain_module(self.network).load_state_dict(self._prediction_weights())
         with _one_sentence(), self._disk_full_told("--val"):
             super().perform_actual_validation(save_probabilities)
 
@@ -551,18 +564,11 @@ class GASNetTrainer(nnUNetTrainer):
         }
 
     def on_validation_epoch_start(self) -> None:
-        """nnU-Net's, with the average of S in the place of S."""
+        """nnU-Net's, with what predicts in the place of S."""
         super().on_validation_epoch_start()
-        self._swap_average()
-
-    def _swap_average(self) -> None:
-        """Exchange the weights of S and those of its average, if there is one."""
-        assert self.gasnet_step is not None
-        if self.gasnet_step.average is not None:
-            mine, theirs = plain_module(self.network), self.gasnet_step.average.module
-            held = copy.deepcopy(mine.state_dict())
-            mine.load_state_dict(theirs.state_dict())
-            theirs.load_state_dict(held)
+        segmenter = plain_module(self.network)
+        self._held_weights = copy.deepcopy(segmenter.state_dict())
+        segmenter.load_state_dict(self._prediction_weights())
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """nnU-Net's on the masked cases, then M^ on the watched volumes and the score of the epoch."""
@@ -574,7 +580,8 @@ class GASNetTrainer(nnUNetTrainer):
             for key, value in (("tp_hard", dice), ("fp_hard", 1 - dice), ("fn_hard", 1 - dice)):
                 val_outputs[0][key] = np.full_like(like, value, dtype=float)
         super().on_validation_epoch_end(val_outputs)
-        self._swap_average()
+        plain_module(self.network).load_state_dict(self._held_weights)
+        self._held_weights = {}
         assert self.watch is not None
         readings = self.watch.readings()
         dice = float(self.logger.get_value("mean_fg_dice", step=-1))
@@ -634,8 +641,8 @@ class GASNetTrainer(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint with G, D and their optimisers in it; the old file stays until the new one is whole.
 
-        Where S is averaged, `network_weights` hold the average, because nnU-Net predicts with them, and our state holds
-        the S that goes on training.
+        `network_weights` hold the average of S where there is one, with the threshold in its heads, because nnU-Net
+        predicts with them; our state holds the biases without it, and the S that goes on training.
         """
         if self.disable_checkpointing or self.local_rank != 0:
             super().save_checkpoint(filename)
@@ -646,13 +653,12 @@ class GASNetTrainer(nnUNetTrainer):
             "adversary": self.adversary.state_dict(),
             "best_epoch": self.best_epoch.state_dict(),
         }
-        average = self.gasnet_step.average
+        segmenter, average = plain_module(self.network), self.gasnet_step.average
+        state["head_biases"] = head_biases((segmenter if average is None else average.module).state_dict())
         if average is not None:
-            state["segmenter"] = plain_module(self.network).state_dict()
+            state["segmenter"] = segmenter.state_dict()
             state["averaged"] = int(average.n_averaged)
-            extra = {"network_weights": average.module.state_dict(), CHECKPOINT_KEY: state}
-        else:
-            extra = {CHECKPOINT_KEY: state}
+        extra = {"network_weights": self._prediction_weights(), CHECKPOINT_KEY: state}
         with _one_sentence():
             write_checkpoint(Path(filename), super().save_checkpoint, extra)
 
@@ -676,11 +682,12 @@ class GASNetTrainer(nnUNetTrainer):
         state, average = checkpoint[CHECKPOINT_KEY], self.gasnet_step.average
         self.adversary.load_state_dict(state["adversary"])
         self.best_epoch.load_state_dict(state["best_epoch"])
+        weights = weights_in_training(checkpoint)
         if average is not None:
             # A checkpoint without an average holds S alone: the average begins with it.
-            average.module.load_state_dict(checkpoint["network_weights"])
+            average.module.load_state_dict(weights)
             average.n_averaged.fill_(state.get("averaged", 0))
-        plain_module(self.network).load_state_dict(state.get("segmenter", checkpoint["network_weights"]))
+        plain_module(self.network).load_state_dict(state.get("segmenter", weights))
         self._restored = True
         self._seed(self.current_epoch)
 
@@ -714,7 +721,7 @@ class SupervisedBaselineTrainer(GASNetTrainer):
 
     @classmethod
     def adjust_settings(cls, settings: GASNetSettings) -> GASNetSettings:
-        """Switch off every term that needs a diseased volume."""
+        """Switch off every term that needs a diseased volume, and decide as nnU-Net does."""
         return settings.replace(
             weight_healthy=settings.weight_healthy if settings.baseline_healthy else 0.0,
             weight_mil=0.0,
@@ -726,6 +733,7 @@ class SupervisedBaselineTrainer(GASNetTrainer):
             weight_generated=0.0,
             weight_diseased=0.0,
             weight_reconstruction=0.0,
+            lesion_threshold=0.5,
         )
 
 

@@ -102,8 +102,8 @@ class Watch:
     def _reading(self, case: str, healthy: bool) -> VolumeReading:
         images, lungs = self._read(case)
         m = losses.lesion_probability(self._logits(images), regions=self.step.task.regions)
-        size = lungs.sum().clamp(min=1)
-        return VolumeReading(case, healthy, float((m * lungs).sum() / size), float(((m > 0.5) * lungs).sum() / size))
+        size, called = lungs.sum().clamp(min=1), m > self.step.settings.lesion_threshold
+        return VolumeReading(case, healthy, float((m * lungs).sum() / size), float((called * lungs).sum() / size))
 
     def _logits(self, images: Tensor) -> Tensor:
         # One patch at a time: a bag may be larger than the batches that fit the device in training.

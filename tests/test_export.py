@@ -79,8 +79,9 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     made = Trained(root)
     raw, preprocessed = root / "raw" / DATASET, root / "preprocessed" / DATASET
     tiny_dataset.write_raw(raw, tiny_dataset.names(1, 3, 3))
-    # After two iterations the network's masks are neither empty nor full, and its average is another network.
-    settings = {**tiny_dataset.SETTINGS, "num_epochs": 1, "iterations_per_epoch": 2, "averaged_iterations": 4}
+    # After two iterations the network's masks are neither empty nor full by this threshold, and its average is another
+    # network.
+    settings = {**tiny_dataset.SETTINGS, "num_epochs": 1, "averaged_iterations": 4, "lesion_threshold": 0.51}
     plans = tiny_dataset.plans(DATASET, settings=settings)
     tiny_dataset.preprocess(raw, preprocessed, plans)
     with pytest.MonkeyPatch.context() as patch:
@@ -264,7 +265,8 @@ def test_card_tells_what_the_model_learned_from(trained: Trained) -> None:
         "| 0 | 1 of 1 | 1 | 100.00 % |",
         "on held-out volumes without a mask",
         "discriminator_steps = 1",
-        "the segmenter's weights alone, averaged over about 4 iterations",
+        "the segmenter's weights alone, averaged over about 4 iterations, with heads by which a probability of 0.5 "
+        "is what training called 0.51",
         "mirror_axes = [2]",
         f"Trained with torch {torch.__version__}",
         "nnUNetv2_install_pretrained_model_from_zip model.zip",

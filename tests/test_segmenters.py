@@ -20,6 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from gasnet_nnunet.decision import head_biases
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.estimate import _feature_maps
 from gasnet_nnunet.segmenters import SEGMENTERS, apply_segmenter, needs_this_package, segmenter_of
@@ -127,6 +128,12 @@ def test_every_weight_learns_under_deep_supervision(segmenter: str) -> None:
     sum(level.square().mean() for level in network(torch.randn(2, 1, *tiny_dataset.PATCH))).backward()
     still = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
     assert not still
+
+
+@pytest.mark.parametrize("segmenter", SEGMENTERS)
+def test_every_head_can_carry_the_threshold(segmenter: str) -> None:
+    biases = head_biases(build(segmenter, deep_supervision=True, classes=3).state_dict())
+    assert [len(bias) for bias in biases.values()] == [3, 3, 3]
 
 
 def test_deeper_stages_of_vbnet_are_bottlenecks() -> None:

@@ -13,7 +13,7 @@ from gasnet_nnunet.study import load_study, segmenter_names, study_names, traine
 
 ADDED = {
     *("weight_outside", "pseudo_contrast", "pseudo_start"),
-    *("pasted_share", "paste_strength"),
+    *("pasted_share", "paste_strength", "lesion_threshold"),
 }
 """Settings in which the defaults go beyond the paper."""
 WHOLE = """

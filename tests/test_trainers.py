@@ -28,6 +28,9 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed
 
+from gasnet_nnunet.decision import weights_in_training
+from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.losses import lesion_logit
 from gasnet_nnunet.phantom import Phantom
 from gasnet_nnunet.selection import BestEpoch
 from gasnet_nnunet.settings import GASNetSettings, parse_assignments
@@ -670,7 +673,7 @@ def test_every_state_is_restored(finished: Finished, resume: Make) -> None:
     assert trainer.current_epoch == 3
     assert_same(dict(trainer.network.state_dict()), dict(checkpoint[CHECKPOINT_KEY]["segmenter"]))
     average = trainer.gasnet_step.average
-    assert_same(dict(average.module.state_dict()), dict(checkpoint["network_weights"]))
+    assert_same(dict(average.module.state_dict()), weights_in_training(checkpoint))
     assert average.n_averaged == 6
     assert_same(trainer.optimizer.state_dict(), checkpoint["optimizer_state"])
     assert checkpoint["optimizer_state"]["state"][0]["momentum_buffer"].any()
@@ -691,6 +694,35 @@ def test_the_average_of_s_predicts_and_s_goes_on_training(finished: Finished, re
     assert_same(dict(trainer.network.state_dict()), dict(current))
     trainer.perform_actual_validation()
     assert_same(dict(trainer.network.state_dict()), dict(averaged))
+
+
+@pytest.mark.parametrize("layout", ["one class", "two classes", "regions"])
+def test_a_checkpoint_calls_lesion_what_is_above_the_threshold(layout: str, make: Make) -> None:
+    trainer = make(layout, lesion_threshold=0.8)
+    trainer.on_train_start()
+    current = copy.deepcopy(dict(trainer.network.state_dict()))
+    path = Path(trainer.output_folder) / "checkpoint_final.pth"
+    trainer.save_checkpoint(str(path))
+    assert_same(dict(trainer.network.state_dict()), current)
+    checkpoint = torch.load(path, weights_only=False)
+    assert_same(weights_in_training(checkpoint), current)
+    image, regions = next(trainer._pairs)["diseased"], layout == "regions"
+    with torch.no_grad():
+        before = lesion_logit(trainer.network(image)[0], regions=regions)
+        trainer.network.load_state_dict(checkpoint["network_weights"])
+        after = lesion_logit(trainer.network(image)[0], regions=regions)
+    torch.testing.assert_close(after, before - math.log(4), atol=1e-4, rtol=1e-4)
+    trainer.load_checkpoint(str(path))
+    assert_same(dict(trainer.network.state_dict()), current)
+
+
+def test_a_network_that_cannot_carry_the_threshold_is_refused(make: Make) -> None:
+    trainer = make()
+    trainer.initialize()
+    for head in trainer.network.decoder.seg_layers:
+        head.register_parameter("bias", None)
+    with pytest.raises(UserError, match=r"no biases named seg_layers.N.bias .* Set lesion_threshold=0.5"):
+        trainer._prediction_weights()
 
 
 @pytest.mark.parametrize("layout", ["one class", "two classes", "regions"])
@@ -885,7 +917,7 @@ def test_fine_tuning_starts_from_all_three_networks_with_fresh_optimisers(fine_t
     checkpoint, trainer = finished.checkpoint("final"), fine_tuned(seed=5, averaged_iterations=4)
     trainer.on_train_start()
     for network in (trainer.network, trainer.gasnet_step.average.module):
-        assert_same(dict(network.state_dict()), dict(checkpoint["network_weights"]))
+        assert_same(dict(network.state_dict()), weights_in_training(checkpoint))
     for name in ("generator", "discriminator"):
         stored = checkpoint[CHECKPOINT_KEY]["adversary"][name]
         assert_same(dict(getattr(trainer.adversary, name).state_dict()), dict(stored))
@@ -926,7 +958,7 @@ def test_weights_are_loaded_once(fine_tuned: Make, tmp_path: Path) -> None:
 def test_baseline_is_fine_tuned_without_g_and_d(fine_tuned: Make, finished: Finished) -> None:
     trainer = fine_tuned("one mask", SupervisedBaselineTrainer)
     trainer.on_train_start()
-    assert_same(dict(trainer.network.state_dict()), dict(finished.checkpoint("final")["network_weights"]))
+    assert_same(dict(trainer.network.state_dict()), weights_in_training(finished.checkpoint("final")))
     assert "data of another kind" not in log_of(trainer)
 
 
