@@ -136,10 +136,11 @@ def write_model(root: Path) -> None:
     import tiny_dataset
 
     def few_windows(plans: dict[str, object]) -> None:
-        # Thick slices, so that nnU-Net resamples slice by slice: of its two ways the one that takes more.
+        # Thick slices and probabilities interpolated along Z, as in plans by gasnet-nnunet plan.
         configuration = plans["configurations"][tiny_dataset.CONFIGURATION]  # type: ignore[index]
         configuration["spacing"] = [14.0, 4.2, 4.2]
         configuration["patch_size"] = [16, 64, 64]
+        configuration["resampling_fn_probabilities_kwargs"]["force_separate_z"] = False
 
     print(tiny_dataset.write_model(root, change=few_windows))
 
