@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gasnet_nnunet.checkpoints import CHECKPOINT_KEY
 from gasnet_nnunet.errors import UserError
 
+HEADS_KEY = "gasnet_head_biases"
+"""Where a checkpoint of ours or an exported one holds the heads' biases as training has them."""
 HEAD_BIAS = re.compile(r"(^|\.)seg_layers\.\d+\.bias$")
 """Names of the heads' biases in S's weights; nnU-Net finds the heads of any network by the same name."""
 
@@ -29,9 +30,11 @@ def head_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def decide_at(weights: Mapping[str, Tensor], threshold: float, *, regions: bool) -> dict[str, Tensor]:
     """Weights of S whose M^ is 0.5 where it was the threshold: logit(m') = logit(m) - logit(threshold).
 
+    Of several classes the most probable one has to be that much above the background.
+
     Args:
         weights: State of S; not changed.
-        threshold: Of M^, the probability of any lesion, or of each region; above 0 and below 1.
+        threshold: Above 0 and below 1.
         regions: Whether the channels are regions; else the first one is the background.
 
     Raises:
@@ -56,4 +59,21 @@ def weights_in_training(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     Args:
         checkpoint: Content of any of nnU-Net's; what is not ours or from before there was a threshold has none.
     """
-    return {**checkpoint["network_weights"], **checkpoint.get(CHECKPOINT_KEY, {}).get("head_biases", {})}
+    return {**checkpoint["network_weights"], **checkpoint.get(HEADS_KEY, {})}
+
+
+def carried_logit(checkpoint: Mapping[str, Any]) -> float:
+    """Logit of the threshold that a checkpoint's heads carry: what they take off the lesions' logits, 0 for none."""
+    heads, shifted = checkpoint.get(HEADS_KEY, {}), checkpoint["network_weights"]
+    # The last channel is a lesion's, with and without a background; all heads carry the same.
+    shifts = [float(heads[name][-1] - shifted[name][-1]) for name in heads.keys() & shifted.keys()]
+    return shifts[0] if shifts else 0.0
+
+
+def called_lesion(logits: Tensor, threshold: float, *, regions: bool) -> Tensor:
+    """What a checkpoint with this threshold calls lesion, from logits without it.
+
+    Shape: (B, K, Z, Y, X) -> (B, 1, Z, Y, X), bool
+    """
+    most = logits.amax(1, keepdim=True) if regions else logits[:, 1:].amax(1, keepdim=True) - logits[:, :1]
+    return most > math.log(threshold / (1 - threshold))

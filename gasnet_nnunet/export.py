@@ -31,6 +31,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from PIL import Image
 
+from gasnet_nnunet.decision import HEADS_KEY
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import read_json, written_whole
 from gasnet_nnunet.model_card import model_card
@@ -286,6 +287,7 @@ def stock_checkpoint(fold: TrainedFold, configuration: str, plans: dict[str, Any
     """
     return {
         "network_weights": fold.weights,
+        HEADS_KEY: fold.head_biases,
         "trainer_name": STOCK_TRAINER,
         "inference_allowed_mirroring_axes": fold.mirroring_axes,
         "current_epoch": fold.epochs,

@@ -59,7 +59,7 @@ class Origin:
         Raises:
             UserError: It has settings that this version does not know.
         """
-        return GASNetSettings.from_dict(self.configuration.get(PLANS_KEY, {}), source=f"the plans in {self.path}")
+        return GASNetSettings.of_training(self.configuration.get(PLANS_KEY, {}), source=f"the plans in {self.path}")
 
     def check_dataset(self, dataset_json: Mapping[str, Any]) -> None:
         """Refuse a dataset on which its S cannot go on.

@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from gasnet_nnunet import __version__
 from gasnet_nnunet.checkpoints import read_checkpoint
+from gasnet_nnunet.decision import carried_logit
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.intensity import IntensityWindow, normalised_to_hu
-from gasnet_nnunet.losses import lesion_probability
+from gasnet_nnunet.losses import lesion_logit
 from gasnet_nnunet.networks import Generator, Topology, build_generator
 from gasnet_nnunet.resampling import interpolate_slab, resample_logits
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
@@ -124,6 +125,8 @@ class LoadedModel:
         self.channels: int = determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
         self._check_usable()
         self.settings = _settings(contents[0])
+        # Folds are averaged as logits.
+        self._threshold_logit = float(np.mean([carried_logit(content) for content in contents]))
         self._generators, self.no_restoration = self._load_generators(contents)
 
     def _files(self) -> list[Path]:
@@ -362,10 +365,11 @@ class LoadedModel:
         yield from resample_logits(logits, shape, current, spacing, self.configuration)
 
     def _interpret(self, logits: Volume) -> tuple[Volume, NDArray[np.float32]]:
-        """Labels and M^ (n, Y, X) of logits (K, n, Y, X)."""
+        """Labels and M^ (n, Y, X) of logits (K, n, Y, X); M^ is what G was trained with, before any threshold."""
         labels = self._predictor.label_manager
         mask = np.asarray(labels.convert_logits_to_segmentation(logits))
-        probability = lesion_probability(torch.from_numpy(logits)[None], regions=labels.has_regions)[0, 0]
+        logit = lesion_logit(torch.from_numpy(logits)[None], regions=labels.has_regions)[0, 0]
+        probability = (logit + self._threshold_logit).sigmoid()
         return mask, ((probability * PROBABILITY_STEPS).round() / PROBABILITY_STEPS).numpy()
 
     @contextlib.contextmanager
@@ -430,7 +434,7 @@ def _settings(checkpoint: dict[str, Any]) -> GASNetSettings | None:
     configuration: Any = configurations.get(arguments.get("configuration"), {})
     if PLANS_KEY not in configuration:
         return None
-    return GASNetSettings.from_dict(configuration[PLANS_KEY], source="the checkpoint")
+    return GASNetSettings.of_training(configuration[PLANS_KEY], source="the checkpoint")
 
 
 def _fits_int16(original: Volume, generated: Tensor) -> bool:

@@ -94,9 +94,10 @@ def _averaged(model: TrainedModel) -> str:
 
 
 def _decided(model: TrainedModel) -> str:
-    threshold = model.settings.get("lesion_threshold", 0.5)
-    told = f", with heads by which a probability of 0.5 is what training called {threshold:g}"
-    return told if threshold != 0.5 else ""
+    thresholds = {f"{fold.threshold:.3g}" for fold in model.folds}
+    if thresholds == {"0.5"}:
+        return ""
+    return f", with heads by which a probability of 0.5 is what training called {' or '.join(sorted(thresholds))}"
 
 
 def _labels(model: TrainedModel) -> list[str]:
@@ -190,7 +191,7 @@ def _remarks(model: TrainedModel) -> Iterable[str]:
         organ = model.settings.get("organ", "lungs")
         yield (
             f"At the last epoch of these weights, on {which} without a mask (percent of the {organ}; *called lesion* "
-            "is a probability above 0.5, in healthy volumes all of it false):"
+            "is what these weights call so, in healthy volumes all of it false; probabilities are those of training):"
         )
         yield _table(["fold", *WATCHED.values()], watched)
 

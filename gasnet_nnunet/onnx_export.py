@@ -138,13 +138,14 @@ def describe(model: TrainedModel, file: str, sha256: str) -> dict[str, Any]:
         decide = {
             "step": "decide",
             "how": "sigmoid of each head; from the first head to the last, where it is above 0.5 the voxel gets that "
-            "head's value, which overwrites earlier ones; elsewhere 0",
+            "head's value, which overwrites earlier ones; elsewhere 0. The heads carry the threshold of the training",
             "values": list(model.dataset_json["regions_class_order"]),
         }
     else:
         decide = {
             "step": "decide",
-            "how": "the label of the head with the greatest logit; the softmax over heads gives probabilities",
+            "how": "the label of the head with the greatest logit; the softmax over heads gives probabilities. The "
+            "heads carry the threshold of the training",
             "values": [int(label) for label in heads],
         }
     resize = (

@@ -22,6 +22,9 @@ from gasnet_nnunet.errors import UserError
 PLANS_KEY = "gasnet"
 """Where the settings stand inside a configuration of the plans."""
 
+NOT_YET = {"pseudo_contrast": 0.0, "lesion_threshold": 0.5}
+"""How something was trained whose settings lack one of these: they hold all that there were."""
+
 Weight = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, lt=10.0)]
@@ -94,8 +97,9 @@ class GASNetSettings:
             which density may tell apart).
         averaged_iterations: Iterations over which S is averaged (exponentially); the average teaches L_ps, is
             validated, saved and predicts. 1 for S as it is (the paper).
-        lesion_threshold: M^ above which a trained model calls a voxel lesion. The biases of S's heads carry it in
-            every checkpoint, so that nnU-Net predicts by it; training is the same with any. 0.5 is nnU-Net's way.
+        lesion_threshold: Probability of the most probable lesion, against the background, above which a trained model
+            calls a voxel lesion. The biases of S's heads carry it in every checkpoint, so that nnU-Net predicts by it;
+            training is the same with any. 0.5 is nnU-Net's way.
         patches: Whether a patch holds the whole lungs ("volume") or a diseased patient is a bag of patches ("bag").
             "auto" takes "volume" for plans by `gasnet-nnunet plan` and "bag" for nnU-Net's own.
         bag_size: Patches of one patient that make a bag; at least 4 where the patches are bags.
@@ -251,6 +255,20 @@ class GASNetSettings:
                 found = f" (found {values[name]!r})" if name in values else ""
                 problems.append(f"{name + ': ' if name else ''}{problem['msg'].removeprefix('Value error, ')}{found}")
             raise UserError(f"Impossible setting in {source}: {'; '.join(dict.fromkeys(problems))}.") from None
+
+    @classmethod
+    def of_training(cls, values: Mapping[str, Any], *, source: str) -> GASNetSettings:
+        """Settings that something was trained with, perhaps before all of them were there.
+
+        Args:
+            values: As in a checkpoint or a log; the defaults if it holds none.
+            source: As for `from_dict`.
+
+        Raises:
+            UserError: As `from_dict`.
+        """
+        known = {**NOT_YET, **values} if isinstance(values, Mapping) and values else values
+        return cls.from_dict(known, source=source)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible values of all settings."""

@@ -139,7 +139,9 @@ def mask_empty(curves: pd.DataFrame) -> Finding:
     if diseased < EMPTY:
         return True, f"{text} S calls next to nothing lesion. Train longer or raise learning_rate_s."
     if dice < 0.01:
-        return True, f"{text} What S calls lesion is not what the masks hold. Train longer."
+        return True, (
+            f"{text} What S calls lesion, above lesion_threshold, is nothing or not what the masks hold. Train longer."
+        )
     return False, text
 
 

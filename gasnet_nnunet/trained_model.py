@@ -9,6 +9,7 @@ import ast
 import contextlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from gasnet_nnunet.checkpoints import read_checkpoint
+from gasnet_nnunet.decision import HEADS_KEY, carried_logit
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import read_json
 from gasnet_nnunet.progress import TrainingCurves
@@ -38,6 +40,8 @@ class TrainedFold:
         name: Its number, or `all`.
         folder: Where it lies.
         weights: Weights of S, nothing else; of its average where S was averaged, because that is what predicts.
+        head_biases: Biases of S's heads as training has them, without the threshold; empty where there is none.
+        threshold: Probability in training above which `weights` call a voxel lesion.
         mirroring_axes: Axes that nnU-Net mirrors at test time; `None` for none.
         epochs: Epochs that the checkpoint was trained for.
         cases: The cases it was trained on, where the training left a record.
@@ -49,6 +53,8 @@ class TrainedFold:
     name: int | str
     folder: Path
     weights: dict[str, torch.Tensor]
+    head_biases: dict[str, torch.Tensor]
+    threshold: float
     mirroring_axes: tuple[int, ...] | None
     epochs: int
     cases: Fold | None
@@ -269,6 +275,8 @@ def _fold(name: int | str, path: Path, content: dict[str, Any]) -> TrainedFold:
         name=name,
         folder=folder,
         weights=content["network_weights"],
+        head_biases=content.get(HEADS_KEY, {}),
+        threshold=1 / (1 + math.exp(-carried_logit(content))),
         mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
         epochs=epochs,
         cases=_cases(debug.get("_cases", "")),

@@ -38,7 +38,7 @@ from torch import distributed as dist
 from gasnet_nnunet.adversary import Adversary, needs_generator
 from gasnet_nnunet.checkpoints import CHECKPOINT_KEY, read_checkpoint, remove_leftovers, write_checkpoint
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, read_cohort
-from gasnet_nnunet.decision import decide_at, head_biases, weights_in_training
+from gasnet_nnunet.decision import HEADS_KEY, decide_at, head_biases, weights_in_training
 from gasnet_nnunet.errors import DISK_FULL, UserError
 from gasnet_nnunet.fine_tuning import read_origin
 from gasnet_nnunet.intensity import IntensityWindow, measure_window
@@ -60,10 +60,6 @@ ATTRIBUTES = {
     "weight_decay": "weight_decay_s",
 }
 """nnU-Net's attribute for a setting of ours."""
-
-
-NOT_YET = {"pseudo_contrast": 0.0, "lesion_threshold": 0.5}
-"""How a checkpoint was trained that does not hold one of these: every one holds all settings that there were."""
 
 
 class GASNetTrainer(nnUNetTrainer):
@@ -94,7 +90,7 @@ class GASNetTrainer(nnUNetTrainer):
         self._background: Any = None
         self._pasted: Any = None
         self._extra_columns: dict[str, float] = {}
-        self._held_weights: dict[str, Tensor] = {}
+        self._held_weights: dict[str, Tensor] | None = None
         self._iterations_done = 0
         self._restored = False
         # Nothing is above infinity: nnU-Net's own rule for checkpoint_best never fires, ours does (selection.py).
@@ -196,8 +192,24 @@ class GASNetTrainer(nnUNetTrainer):
         """
         assert self.gasnet_step is not None
         average = self.gasnet_step.average
-        predictor = plain_module(self.network if average is None else average.module)
-        return decide_at(predictor.state_dict(), self.settings.lesion_threshold, regions=self.label_manager.has_regions)
+        weights = self._segmenter_weights() if average is None else average.module.state_dict()
+        return decide_at(weights, self.settings.lesion_threshold, regions=self.label_manager.has_regions)
+
+    def _segmenter_weights(self) -> dict[str, Tensor]:
+        """S as it goes on training, also while what predicts is in its place."""
+        return plain_module(self.network).state_dict() if self._held_weights is None else self._held_weights
+
+    def _put_in_place(self) -> None:
+        """Put what predicts in the place of S."""
+        if self._held_weights is None:
+            self._held_weights = copy.deepcopy(plain_module(self.network).state_dict())
+            plain_module(self.network).load_state_dict(self._prediction_weights())
+
+    def _put_back(self) -> None:
+        """Put S back in its place."""
+        if self._held_weights is not None:
+            plain_module(self.network).load_state_dict(self._held_weights)
+            self._held_weights = None
 
     def _start_from(self, checkpoint: str) -> None:
         """Give S, G and D the weights of a trained model (the setting `init_from`)."""
@@ -440,9 +452,12 @@ class GASNetTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's, by what the checkpoint predicts with; a full disk ends it in one sentence."""
-        plain_module(self.network).load_state_dict(self._prediction_weights())
-        with _one_sentence(), self._disk_full_told("--val"):
-            super().perform_actual_validation(save_probabilities)
+        self._put_in_place()
+        try:
+            with _one_sentence(), self._disk_full_told("--val"):
+                super().perform_actual_validation(save_probabilities)
+        finally:
+            self._put_back()
 
     @contextmanager
     def _disk_full_told(self, option: str) -> Iterator[None]:
@@ -566,9 +581,7 @@ class GASNetTrainer(nnUNetTrainer):
     def on_validation_epoch_start(self) -> None:
         """nnU-Net's, with what predicts in the place of S."""
         super().on_validation_epoch_start()
-        segmenter = plain_module(self.network)
-        self._held_weights = copy.deepcopy(segmenter.state_dict())
-        segmenter.load_state_dict(self._prediction_weights())
+        self._put_in_place()
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """nnU-Net's on the masked cases, then M^ on the watched volumes and the score of the epoch."""
@@ -580,8 +593,7 @@ class GASNetTrainer(nnUNetTrainer):
             for key, value in (("tp_hard", dice), ("fp_hard", 1 - dice), ("fn_hard", 1 - dice)):
                 val_outputs[0][key] = np.full_like(like, value, dtype=float)
         super().on_validation_epoch_end(val_outputs)
-        plain_module(self.network).load_state_dict(self._held_weights)
-        self._held_weights = {}
+        self._put_back()
         assert self.watch is not None
         readings = self.watch.readings()
         dice = float(self.logger.get_value("mean_fg_dice", step=-1))
@@ -642,7 +654,7 @@ class GASNetTrainer(nnUNetTrainer):
         """nnU-Net's checkpoint with G, D and their optimisers in it; the old file stays until the new one is whole.
 
         `network_weights` hold the average of S where there is one, with the threshold in its heads, because nnU-Net
-        predicts with them; our state holds the biases without it, and the S that goes on training.
+        predicts with them; beside them stand the biases without it, and our state holds the S that goes on training.
         """
         if self.disable_checkpointing or self.local_rank != 0:
             super().save_checkpoint(filename)
@@ -653,12 +665,12 @@ class GASNetTrainer(nnUNetTrainer):
             "adversary": self.adversary.state_dict(),
             "best_epoch": self.best_epoch.state_dict(),
         }
-        segmenter, average = plain_module(self.network), self.gasnet_step.average
-        state["head_biases"] = head_biases((segmenter if average is None else average.module).state_dict())
+        segmenter, average = self._segmenter_weights(), self.gasnet_step.average
+        heads = head_biases(segmenter if average is None else average.module.state_dict())
         if average is not None:
-            state["segmenter"] = segmenter.state_dict()
+            state["segmenter"] = segmenter
             state["averaged"] = int(average.n_averaged)
-        extra = {"network_weights": self._prediction_weights(), CHECKPOINT_KEY: state}
+        extra = {"network_weights": self._prediction_weights(), HEADS_KEY: heads, CHECKPOINT_KEY: state}
         with _one_sentence():
             write_checkpoint(Path(filename), super().save_checkpoint, extra)
 
@@ -694,7 +706,8 @@ class GASNetTrainer(nnUNetTrainer):
     def _adopt_settings(self, plans: dict[str, Any]) -> None:
         plans = copy.deepcopy(plans)
         configuration = plans["configurations"][self.configuration_name]
-        configuration[PLANS_KEY] = {**NOT_YET, **configuration.get(PLANS_KEY, {})}
+        entry = configuration.get(PLANS_KEY, {})
+        configuration[PLANS_KEY] = GASNetSettings.of_training(entry, source="the checkpoint's plans").to_dict()
         stored = self._settings_of(plans, self.configuration_name)
         # A window that was measured stands in the checkpoint alone.
         mine = self.settings if self.settings.window else self.settings.replace(window=stored.window)

@@ -224,7 +224,7 @@ def _section(
     log = read_log(fold)
     curves = TrainingCurves(fold).read()
     stored = log.settings or plans["configurations"].get(configuration, {}).get(PLANS_KEY, {})
-    settings = GASNetSettings.from_dict(stored, source=f"the log of {fold.name}")
+    settings = GASNetSettings.of_training(stored, source=f"the log of {fold.name}")
     preset, differences = closest_preset(settings, presets, trainer)
     signs = signs_of_trouble(curves)
     cases = validation_cases(fold, dataset["file_ending"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gasnet_nnunet import losses
+from gasnet_nnunet.decision import called_lesion
 from gasnet_nnunet.progress import save_gallery
 from gasnet_nnunet.sampling import VolumeReader, watch_patches
 from gasnet_nnunet.selection import VolumeReading
@@ -101,8 +102,10 @@ class Watch:
 
     def _reading(self, case: str, healthy: bool) -> VolumeReading:
         images, lungs = self._read(case)
-        m = losses.lesion_probability(self._logits(images), regions=self.step.task.regions)
-        size, called = lungs.sum().clamp(min=1), m > self.step.settings.lesion_threshold
+        logits, regions = self._logits(images), self.step.task.regions
+        m = losses.lesion_probability(logits, regions=regions)
+        called = called_lesion(logits, self.step.settings.lesion_threshold, regions=regions)
+        size = lungs.sum().clamp(min=1)
         return VolumeReading(case, healthy, float((m * lungs).sum() / size), float((called * lungs).sum() / size))
 
     def _logits(self, images: Tensor) -> Tensor:

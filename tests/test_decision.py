@@ -10,8 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gasnet_nnunet.checkpoints import CHECKPOINT_KEY
-from gasnet_nnunet.decision import decide_at, head_biases, weights_in_training
+from gasnet_nnunet.decision import (
+    HEADS_KEY,
+    called_lesion,
+    carried_logit,
+    decide_at,
+    head_biases,
+    weights_in_training,
+)
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.losses import lesion_logit
 
@@ -54,15 +60,32 @@ def test_only_the_lesions_biases_of_every_head_change_and_come_back() -> None:
     assert changed == {"seg_layers.0.bias", "seg_layers.1.bias"} == set(head_biases(weights))
     assert all(torch.equal(new[name][0], weights[name][0]) for name in changed), "the background's"
     assert all(torch.equal(weights[name], original[name]) for name in weights), "what went in"
-    back = weights_in_training({"network_weights": new, CHECKPOINT_KEY: {"head_biases": head_biases(weights)}})
+    checkpoint = {"network_weights": new, HEADS_KEY: head_biases(weights)}
+    back = weights_in_training(checkpoint)
     assert all(torch.equal(back[name], original[name]) for name in weights)
+    assert carried_logit(checkpoint) == pytest.approx(math.log(0.85 / 0.15), abs=1e-5)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+def test_called_lesion_is_what_nnunet_calls_lesion_by_such_heads(threshold: float, regions: bool) -> None:
+    torch.manual_seed(1)
+    network = Heads(3)
+    with torch.no_grad():
+        network.seg_layers[-1].bias -= 4 * regions  # or any of them is found everywhere
+        called = called_lesion(network(IMAGE), threshold, regions=regions)
+        network.load_state_dict(decide_at(network.state_dict(), threshold, regions=regions))
+        logits = network(IMAGE)
+    found = (logits.sigmoid() > 0.5).any(1, keepdim=True) if regions else logits.argmax(1, keepdim=True) > 0
+    assert torch.equal(called, found)
+    assert 0 < called.sum() < called.numel()
 
 
 def test_half_is_nnunets_way_for_any_network() -> None:
     weights = nn.Conv3d(1, 2, 1).state_dict()
     assert decide_at(weights, 0.5, regions=False) == weights
     assert weights_in_training({"network_weights": weights}) == weights, "no checkpoint of ours"
-    assert weights_in_training({"network_weights": weights, CHECKPOINT_KEY: {}}) == weights, "an older one"
+    assert carried_logit({"network_weights": weights}) == 0
 
 
 @pytest.mark.parametrize("network", [nn.Conv3d(1, 2, 1), nn.ModuleDict({"seg_layers": nn.Conv3d(1, 2, 1)})])

@@ -114,8 +114,8 @@ def test_mask_is_that_of_nnunet(
     for result in (loaded.segment(ct), loaded.restore(ct)):
         np.testing.assert_array_equal(result.mask, expected)
         assert result.mask.dtype == expected.dtype
-        inside = np.abs(result.probability - 0.5) > 1e-3
-        np.testing.assert_array_equal(result.mask[inside], (result.probability > 0.5)[inside])
+        inside = np.abs(result.probability - 0.6) > 1e-3
+        np.testing.assert_array_equal(result.mask[inside], (result.probability > 0.6)[inside])
 
 
 @pytest.mark.parametrize("shape", [(40, 24, 26), (7, 24, 26), (9, 11, 13)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import json
 import math
 import os
@@ -28,8 +29,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed
 
-from gasnet_nnunet.decision import weights_in_training
-from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.decision import HEADS_KEY, called_lesion, weights_in_training
 from gasnet_nnunet.losses import lesion_logit
 from gasnet_nnunet.phantom import Phantom
 from gasnet_nnunet.selection import BestEpoch
@@ -410,6 +410,7 @@ def test_training_without_mirroring_predicts(make: Make) -> None:
 
 def test_baseline_steps_are_those_of_nnunet(make: Make) -> None:
     baseline = make(trainer_class=SupervisedBaselineTrainer)
+    assert baseline.settings.lesion_threshold == 0.5
     baseline.on_train_start()
     vanilla = make(trainer_class=nnUNetTrainer)
     vanilla.initialize()
@@ -624,7 +625,7 @@ def test_best_checkpoint_is_the_epoch_of_the_best_moving_average(finished: Finis
 
 def test_checkpoint_holds_nnunets_keys_and_one_of_ours(finished: Finished) -> None:
     checkpoint = finished.checkpoint("final")
-    assert set(checkpoint) == {*NNUNET_KEYS, CHECKPOINT_KEY}
+    assert set(checkpoint) == {*NNUNET_KEYS, HEADS_KEY, CHECKPOINT_KEY}
     assert checkpoint["current_epoch"] == 3
     assert {len(values) for values in checkpoint["logging"].values()} == {3}
     assert not np.isnan(checkpoint["logging"]["ema_fg_dice"]).any()
@@ -692,8 +693,30 @@ def test_the_average_of_s_predicts_and_s_goes_on_training(finished: Finished, re
     assert_same(dict(trainer.network.state_dict()), dict(averaged))
     trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
     assert_same(dict(trainer.network.state_dict()), dict(current))
-    trainer.perform_actual_validation()
-    assert_same(dict(trainer.network.state_dict()), dict(averaged))
+
+
+def test_validation_predicts_by_the_checkpoint_and_leaves_s_alone(
+    finished: Finished, resume: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, trainer = finished.checkpoint("final"), resume("final")
+    trainer.on_train_start()
+    seen = []
+    validate = nnUNetTrainer.perform_actual_validation
+
+    def spy(self: Any, save_probabilities: bool = False) -> None:
+        seen.append({name: value.clone() for name, value in self.network.state_dict().items()})
+        self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_meanwhile.pth"))
+        if len(seen) == 1:
+            validate(self, save_probabilities)
+
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", spy)
+    for _ in range(2):
+        trainer.perform_actual_validation()
+        assert_same(seen[-1], dict(checkpoint["network_weights"]))
+        assert_same(dict(trainer.network.state_dict()), dict(checkpoint[CHECKPOINT_KEY]["segmenter"]))
+        meanwhile = torch.load(Path(trainer.output_folder) / "checkpoint_meanwhile.pth", weights_only=False)
+        assert_same(weights_in_training(meanwhile), weights_in_training(checkpoint))
+        assert_same(meanwhile[CHECKPOINT_KEY]["segmenter"], checkpoint[CHECKPOINT_KEY]["segmenter"])
 
 
 @pytest.mark.parametrize("layout", ["one class", "two classes", "regions"])
@@ -718,11 +741,35 @@ def test_a_checkpoint_calls_lesion_what_is_above_the_threshold(layout: str, make
 
 def test_a_network_that_cannot_carry_the_threshold_is_refused(make: Make) -> None:
     trainer = make()
-    trainer.initialize()
-    for head in trainer.network.decoder.seg_layers:
-        head.register_parameter("bias", None)
-    with pytest.raises(UserError, match=r"no biases named seg_layers.N.bias .* Set lesion_threshold=0.5"):
-        trainer._prediction_weights()
+    build_network = trainer.build_network_architecture
+
+    @functools.wraps(build_network)
+    def without_biases(*arguments: Any, **options: Any) -> Any:
+        network = build_network(*arguments, **options)
+        for head in network.decoder.seg_layers:
+            head.register_parameter("bias", None)
+        return network
+
+    trainer.build_network_architecture = without_biases
+    with pytest.raises(SystemExit, match=r"^Error: .* no biases named seg_layers.N.bias .* Set lesion_threshold=0.5"):
+        trainer.initialize()
+
+
+def test_watch_counts_what_the_checkpoint_calls_lesion(make: Make) -> None:
+    trainer = make(lesion_threshold=0.5)
+    trainer.on_train_start()
+    shares = {}
+    images, lungs = trainer.watch._read(trainer.watch.healthy[0])
+    trainer.network.eval()
+    with torch.no_grad():
+        logits = torch.cat([trainer.network(image[None])[0] for image in images])
+    for threshold in (0.3, 0.5, 0.6):
+        trainer.gasnet_step.settings = trainer.settings.replace(lesion_threshold=threshold)
+        reading = next(reading for reading in trainer.watch.readings() if reading.case == trainer.watch.healthy[0])
+        shares[threshold] = reading.burden
+        called = called_lesion(logits, threshold, regions=False)
+        assert reading.burden == pytest.approx(float((called * lungs).sum() / lungs.sum()), abs=1e-5)
+    assert shares[0.3] > shares[0.5] > shares[0.6]
 
 
 @pytest.mark.parametrize("layout", ["one class", "two classes", "regions"])
@@ -789,12 +836,16 @@ def test_a_checkpoint_goes_on_without_what_came_after_it(resume: Make, finished:
     checkpoint = finished.checkpoint("final")
     entry = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["gasnet"]
     assert entry.pop("pseudo_contrast") > 0
+    assert entry.pop("lesion_threshold") > 0.5
+    checkpoint["network_weights"] = weights_in_training(checkpoint)
+    del checkpoint[HEADS_KEY]
     older = tmp_path / "older.pth"
     torch.save(checkpoint, older)
     trainer = resume()
     trainer.was_initialized = False
     trainer.load_checkpoint(str(older))
-    assert trainer.settings.pseudo_contrast == 0
+    assert (trainer.settings.pseudo_contrast, trainer.settings.lesion_threshold) == (0, 0.5)
+    assert_same(trainer._prediction_weights(), dict(checkpoint["network_weights"]))
 
 
 def test_measured_window_is_no_difference(make: Make, tmp_path: Path) -> None:

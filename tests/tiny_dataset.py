@@ -243,6 +243,8 @@ def write_model(
     made = plans("Dataset501_Tiny", channels=len(dataset_json["channel_names"]))
     if change:
         change(made)
+    # Untrained weights are sure of nothing, and are to find something.
+    made["configurations"][CONFIGURATION]["gasnet"].setdefault("lesion_threshold", 0.6)
     # nnU-Net tells by the preprocessed cases how they are stored.
     stored = root / "preprocessed" / made["dataset_name"] / made["configurations"][CONFIGURATION]["data_identifier"]
     stored.mkdir(parents=True, exist_ok=True)
