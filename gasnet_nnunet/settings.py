@@ -99,7 +99,7 @@ class GASNetSettings:
             validated, saved and predicts. 1 for S as it is (the paper).
         lesion_threshold: Probability of the most probable lesion, against the background, above which a trained model
             calls a voxel lesion. The biases of S's heads carry it in every checkpoint, so that nnU-Net predicts by it;
-            training is the same with any. 0.5 is nnU-Net's way.
+            training is the same with any, but for the choice of `checkpoint_best`. 0.5 is nnU-Net's way.
         patches: Whether a patch holds the whole lungs ("volume") or a diseased patient is a bag of patches ("bag").
             "auto" takes "volume" for plans by `gasnet-nnunet plan` and "bag" for nnU-Net's own.
         bag_size: Patches of one patient that make a bag; at least 4 where the patches are bags.
