@@ -55,6 +55,10 @@ CORE_LEVEL = 0.35
 """Where lung is 0 and tissue 1, what lies below this is lung, and fat after contrast equalisation lies above."""
 SURFACE_LEVEL = 0.55
 """Where lung is 0 and tissue 1, the lung's surface."""
+LESION_LEVEL = 0.7
+"""Where lung is 0 and tissue 1, in plain HU, fat lies above this, and most of a consolidation below."""
+BLUR_MM = 4.0
+"""Half the thickness up to which what lies between lung and tissue may be a blurred border of the two."""
 DENSE_LEVEL = 0.75
 """Where lung is 0 and tissue 1, what lies above this is lung only where lung encloses it."""
 NEAR_MM = 12.0
@@ -108,6 +112,7 @@ def segment_lungs(ct: NDArray[Any], spacing: Spacing) -> Mask:
     if box is None:
         return np.zeros(ct.shape, bool)
     gas = _gas_level(grid, hull)
+    plain = gas > -math.inf
     window = tuple(slice(*axis) for axis in box)
     values, hull = grid.values[window], hull[window]
     low = values < grid.threshold
@@ -121,14 +126,17 @@ def segment_lungs(ct: NDArray[Any], spacing: Spacing) -> Mask:
     core = _pieces(level < CORE_LEVEL, values, hull, gas, grid.spacing)
     near = _close_vessels(core, grid.spacing)
     distance = _distance_to(near, grid.spacing)
-    tissue = hull & (distance > 2.5) & (distance <= NEAR_MM)
+    # Between the two lie consolidations, in plain HU; contrast equalisation puts fat there too.
+    lesion_level = LESION_LEVEL if plain else -math.inf
+    tissue = hull & (distance > 2.5) & (distance <= NEAR_MM) & (level > lesion_level)
     level = _level(
         values,
         _local_mean(values, core, lung_level, grid.spacing),
         _local_mean(values, tissue, tissue_level, grid.spacing),
     )
     core = _pieces(level < CORE_LEVEL, values, hull, gas, grid.spacing)
-    outside = ~hull | (distance > NEAR_MM) | ((level > DENSE_LEVEL) & ~near)
+    core |= _consolidations(level, lesion_level, hull, core, grid.spacing)
+    outside = ~hull | ((distance > NEAR_MM) & ~core) | ((level > DENSE_LEVEL) & ~near)
     field = np.full(grid.values.shape, -1.0, np.float32)
     field[window] = _close_lesions(_surface(values, level, core, outside), hull, grid.spacing)
     return grid.to_ct(field)
@@ -278,6 +286,18 @@ def _pieces(low: Mask, values: Values, hull: Mask, gas: float, spacing: Spacing)
             others = (labels > 0) & ~lungs
     distance = _distance_to(lungs, spacing)
     return low & hull & (distance <= radius + GRID_MM) & (distance <= _distance_to(others, spacing))
+
+
+def _consolidations(level: Values, highest: float, hull: Mask, core: Mask, spacing: Spacing) -> Mask:
+    """What is between lung and tissue, thicker than a blurred border of the two, and next to the core of the lungs."""
+    smooth = ndimage.gaussian_filter(level, [SPECKLE_MM / edge for edge in spacing])
+    between = (smooth >= CORE_LEVEL) & (smooth < highest) & hull & ~core
+    radius = max(BLUR_MM, *spacing)
+    thick = _dilate(_erode(between, radius, spacing), radius, spacing) & between
+    labels, count = ndimage.label(thick)
+    next_to = np.bincount(labels[ndimage.binary_dilation(core)], minlength=count + 1) > 0
+    next_to[0] = False
+    return next_to[labels]
 
 
 def _level(values: Values, lung: Values | float, tissue: Values | float) -> Values:

@@ -26,7 +26,7 @@ from gasnet_nnunet.lungs import Box, Mask, bounding_box, segment_organ
 from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.volumes import NIFTI_ENDINGS, read_nifti_values, volume_name
 
-VERSION = 4
+VERSION = 5
 """Part of every stamp: raise it when `lungs.py` finds other lungs than before."""
 
 LISTED_CASES = 8

@@ -138,6 +138,16 @@ def test_consolidation_at_the_pleura_and_nodules_are_part_of_the_lungs(standard:
     assert dice(found, standard.lungs) > 0.96
 
 
+def test_consolidation_at_the_heart_is_part_of_the_lungs(standard: Chest) -> None:
+    z, y, x = (np.indices(standard.ct.shape).T * SPACING).T
+    consolidation = standard.lungs & ((z - 130) ** 2 + (y - 126) ** 2 + (x - 215) ** 2 < 38**2)
+    assert consolidation.sum() > 1500
+    texture = np.random.default_rng(3).normal(-330, 80, standard.ct.shape).astype(np.float32)
+    found = segment_lungs(np.where(consolidation, texture, standard.ct), standard.spacing)
+    assert found[consolidation].mean() > 0.9
+    assert dice(found, standard.lungs) > 0.97
+
+
 @pytest.mark.parametrize(
     "ct",
     [
