@@ -12,6 +12,17 @@ import tiny_dataset
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
+LONGEST = (
+    *("test_study_runner.py", "test_trainers.py", "test_packaging.py", "test_planning.py"),
+    *("test_variants.py", "test_commands.py", "test_interruptions.py"),
+)
+"""Files that take minutes, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: a process that is given one at the end works on while the other has nothing left to do."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture
 def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

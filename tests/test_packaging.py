@@ -201,8 +201,15 @@ def model_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("editable", [False, True], ids=["ours-plain", "ours-editable"])
-@pytest.mark.parametrize("install_nnunet", [plain_nnunet, editable_nnunet], ids=["nnunet-plain", "nnunet-editable"])
+@pytest.mark.parametrize(
+    ("install_nnunet", "editable"),
+    [
+        pytest.param(plain_nnunet, False, id="both plain"),
+        pytest.param(editable_nnunet, True, id="both editable"),
+        pytest.param(plain_nnunet, True, id="ours editable", marks=pytest.mark.slow),
+        pytest.param(editable_nnunet, False, id="nnunet editable", marks=pytest.mark.slow),
+    ],
+)
 def test_trainers_resolve_until_uninstalled(
     install_nnunet: Callable[[Environment, Path], Path],
     editable: bool,

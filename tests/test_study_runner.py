@@ -585,7 +585,7 @@ def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> No
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None:
     out = folders / "interrupted"
-    arms = {"gasnet": {"settings": {"num_epochs": 6, "save_every_minutes": 0.0001}}}
+    arms = {"gasnet": {"settings": {"num_epochs": 3, "save_every_minutes": 0.0001}}}
     name = write_study(folders / "files3", arms=arms)
     arguments = ["study", name, "--out", str(out), "--device", "cpu"]
     program = [sys.executable, "-c", "from gasnet_nnunet.cli import main; main()", *arguments]
@@ -606,6 +606,7 @@ def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None
     assert " --c" in (out / "logs" / "gasnet" / run.deal.name / "train.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_jobs_of_a_cluster(folders: Path) -> None:
     out = folders / "cluster"
     load_study(write_study(folders / "files4", arms={"supervised": ARMS["supervised"]}, device="cpu"))

@@ -20,6 +20,8 @@ from nnunet_workspace import DATASET, Workspace, kill_group
 
 pytestmark = pytest.mark.slow
 
+OFTEN: dict[str, Any] = {"save_every_minutes": 1e-6, "gallery_every_epochs": 0}
+"""A checkpoint after every epoch."""
 
 MINE = """
 import torch
@@ -81,14 +83,14 @@ def resumed(planned: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Res
     (folder / "trainers" / "mine.py").write_text(MINE)
     trainers = os.pathsep.join(filter(None, [str(folder / "trainers"), planned.trainers]))
     workspace = planned.with_results(folder / "results", trainers=trainers)
-    workspace.write_plans("Often", save_every_minutes=1e-6, gallery_every_epochs=0)
+    workspace.write_plans("Often", **OFTEN)
     fold = workspace.results / DATASET / "MyGASNetTrainer__Often__3d_fullres" / "fold_0"
     model = ("3d_fullres", 0, "-tr", "MyGASNetTrainer", "-p", "Often")
     workers = {"nnUNet_n_proc_DA": "1"}
     kill_when(lambda: rows(fold) == 2, workspace, *model, environment=workers)
     before = pd.read_csv(fold / "gasnet_progress.csv")
     checkpoint = torch.load(fold / "checkpoint_latest.pth", weights_only=False)
-    workspace.write_plans("Often", save_every_minutes=1e-6, gallery_every_epochs=0, lambda_s=7.0)
+    workspace.write_plans("Often", **OFTEN, lambda_s=7.0)
     said = workspace.train("3d_fullres", 0, "-p", "Often", "--c", trainer="MyGASNetTrainer", environment=workers)
     return Resumed(fold, before, checkpoint, said)
 
@@ -138,7 +140,7 @@ def test_resumed_training_is_finished_and_tidy(resumed: Resumed) -> None:
 
 
 def test_full_disk_ends_in_one_sentence_and_keeps_the_old_checkpoint(elsewhere: Workspace) -> None:
-    elsewhere.write_plans("Heavy", save_every_minutes=1e-6, gallery_every_epochs=0, generator_features=16)
+    elsewhere.write_plans("Heavy", **OFTEN, iterations_per_epoch=1, generator_features=16)
     fold = elsewhere.results / DATASET / "GASNetTrainer__Heavy__3d_fullres" / "fold_0"
     latest, best = fold / "checkpoint_latest.pth", fold / "checkpoint_best.pth"
     arguments = ("3d_fullres", 0, "-p", "Heavy")
@@ -158,7 +160,7 @@ def test_full_disk_ends_in_one_sentence_and_keeps_the_old_checkpoint(elsewhere: 
 
 
 def test_kill_during_the_write_of_a_checkpoint_loses_nothing(elsewhere: Workspace) -> None:
-    elsewhere.write_plans("Huge", save_every_minutes=1e-6, gallery_every_epochs=0, generator_features=48)
+    elsewhere.write_plans("Huge", **OFTEN, iterations_per_epoch=1, generator_features=48)
     fold = elsewhere.results / DATASET / "GASNetTrainer__Huge__3d_fullres" / "fold_0"
     latest, writing = fold / "checkpoint_latest.pth", fold / ".checkpoint_latest.pth.tmp"
     arguments = ("3d_fullres", 0, "-p", "Huge")
