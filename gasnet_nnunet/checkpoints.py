@@ -24,7 +24,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_checkpoint(path: Path, save: Callable[[str], None], extra: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all, with keys of ours added.
+    """Write a checkpoint whole or not at all, with keys of ours added, if there are any.
 
     `torch.save` writes in place: a kill during it would lose the old checkpoint.
 
@@ -39,10 +39,11 @@ def write_checkpoint(path: Path, save: Callable[[str], None], extra: Mapping[str
     temporary = path.with_name(TEMPORARY.format(path.name))
     try:
         save(str(temporary))
-        checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
-        with temporary.open("wb") as file:
-            torch.save({**checkpoint, **extra}, file)
-            file.flush()
+        if extra:
+            checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
+            with temporary.open("wb") as file:
+                torch.save({**checkpoint, **extra}, file)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     # A full disk is an OSError or, from torch's own writer, a RuntimeError.

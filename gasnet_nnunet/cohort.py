@@ -274,7 +274,7 @@ def classify_files(
     labels = declared_labels(dataset_json)
     overrulings = _overrulings(dataset_json, set(files if known is None else known))
     counts = _count_all(files, dataset_json, cache, num_processes, progress)
-    patients = _patients(dataset_json)
+    patients = patients_of(dataset_json)
     cases, problems = {}, []
     for identifier in sorted(files):
         try:
@@ -447,8 +447,12 @@ def _overrulings(dataset_json: Mapping[str, Any], known: set[str]) -> dict[str, 
     return overrulings
 
 
-def _patients(dataset_json: Mapping[str, Any]) -> dict[str, str]:
-    """Whom the cases show, as far as the conversion noted it."""
+def patients_of(dataset_json: Mapping[str, Any]) -> dict[str, str]:
+    """Whom the cases show, those of imagesTs too, as far as the conversion noted it.
+
+    Raises:
+        UserError: The section of `dataset.json` is not what it should be.
+    """
     section = dataset_json.get("gasnet", {}).get("cases", {})
     if not isinstance(section, Mapping) or not all(isinstance(details, Mapping) for details in section.values()):
         raise UserError('dataset.json: "gasnet" must have "cases" like {"case_007": {"patient": "p3"}}.')

@@ -90,12 +90,21 @@ class Plan(_Part):
         patch: Its `--patch`, (Z, Y, X).
         features: Its `--features`.
         settings: Its `--set`: `batch_size`, `hu_window` and `max_features`, and settings of GASNet.
+        init_from: Its `--init-from`: a checkpoint of ours that every arm goes on from, unless it says
+            `settings: {init_from: null}`; its plans take the place of a preset.
     """
 
     preset: str = "default"
     patch: tuple[int, int, int] | None = None
     features: tuple[int, ...] | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
+    init_from: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Plan:
+        if self.init_from is not None and self.model_fields_set & {"preset", "patch", "features"}:
+            raise ValueError("init_from takes patch and network of that model, so leave out preset, patch and features")
+        return self
 
 
 class Phantoms(_Part):
@@ -252,7 +261,8 @@ class Study(_Part):
 
     def dump(self) -> str:
         """The study as YAML, which `load_study` reads again."""
-        content = self.model_dump(mode="json", exclude_defaults=True)
+        # What an arm sets back to a default, over what the arm that it is `like` says, has to be said again.
+        content = self.model_dump(mode="json", exclude_unset=True)
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -546,6 +556,12 @@ def _check_needs(study: Study, key: str, problems: _Problems) -> None:
             valid = list(study.arms)
             problems.add((*place, entry), f"there is no arm '{other}'.{hint(other, valid)} Arms: {', '.join(valid)}.")
             return
+    if arm.pseudo_labels is not None and arm.pseudo_labels.updates == "total" and arm.trainer not in OUR_TRAINERS:
+        problems.add(
+            (*place, "pseudo_labels"),
+            f"{arm.trainer} does not take its length from the plans, so its updates cannot be shared out: say "
+            f"`updates: each`, or take one of {', '.join(OUR_TRAINERS)}.",
+        )
     if arm.equal_time_with is not None:
         if arm.like is None:
             problems.add(
@@ -595,6 +611,11 @@ def _absolute(study: Study, folder: Path) -> Study:
         if not file.is_file():
             raise UserError(f"groups.file of the study is {file}, and there is no such file.")
         changes["groups"] = study.groups.model_copy(update={"file": file})
+    if study.plan is not None and study.plan.init_from is not None:
+        checkpoint = (folder / study.plan.init_from.expanduser()).resolve()
+        if not checkpoint.is_file():
+            raise UserError(f"plan.init_from of the study is {checkpoint}, and there is no such file.")
+        changes["plan"] = study.plan.model_copy(update={"init_from": checkpoint})
     changes["settings"] = _start_from(study.settings, folder)
     changes["arms"] = {
         key: arm.model_copy(update={"settings": _start_from(arm.settings, folder)}) for key, arm in study.arms.items()

@@ -117,7 +117,8 @@ def _make_phantoms(phantoms: Phantoms, out: Path, console: Console, *, make: boo
 
 
 def _plan_command(study: Study, plan: Plan, number: int) -> list[str]:
-    command = ["gasnet-nnunet", "plan", "-d", str(number), "--name", study.plans, "--preset", plan.preset]
+    command = ["gasnet-nnunet", "plan", "-d", str(number), "--name", study.plans]
+    command += ["--preset", plan.preset] if plan.init_from is None else ["--init-from", str(plan.init_from)]
     if plan.patch is not None:
         command += ["--patch", *map(str, plan.patch)]
     if plan.features is not None:

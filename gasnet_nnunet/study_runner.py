@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from filelock import FileLock, Timeout
 
@@ -179,8 +180,8 @@ def _is_of_something_else(step: Step, record: RunRecord) -> bool:
     return bool(entry.get("done")) or any(step.model.glob("checkpoint_*.pth"))
 
 
-def training_seconds(fold_folder: Path) -> float:
-    """Time of all epochs of a training by nnU-Net's logs; an epoch that was run again after an interruption once.
+def epoch_seconds(fold_folder: Path) -> dict[int, float]:
+    """Time of each epoch of a training by nnU-Net's logs; an epoch that was run again after an interruption once.
 
     Args:
         fold_folder: The folder that nnU-Net trained into.
@@ -193,7 +194,7 @@ def training_seconds(fold_folder: Path) -> float:
                 epoch = int(found[1])
             elif found := EPOCH_TIME.search(line):
                 seconds[epoch] = float(found[1])
-    return sum(seconds.values())
+    return seconds
 
 
 def updates_of(workspace: Workspace, run: Run, epochs: int) -> int:
@@ -269,10 +270,10 @@ class _Chain:
         times = {}
         for arm in (self.arm.equal_time_with, str(self.arm.like)):
             content = record_of(self.workspace, self._other(arm)).content
-            times[arm] = float(content["training_seconds"]), int(content["epochs"])
+            times[arm] = float(content["training_seconds"]), int(content["updates"])
         budget = times[str(self.arm.equal_time_with)][0]
-        seconds, done = times[str(self.arm.like)]
-        return max(1, round(budget / (seconds / done)))
+        seconds, updates = times[str(self.arm.like)]
+        return max(1, round(budget * updates / seconds / updates_of(self.workspace, self.run, 1)))
 
     def _train(self, name: str, plans_name: str, epochs: int, environment: Mapping[str, str]) -> tuple[Model, Step]:
         workspace, run = self.workspace, self.run
@@ -284,12 +285,19 @@ class _Chain:
             *("-tr", self.arm.trainer, "-p", plans_name, "-device", self.device),
         )
         self.last = fingerprint(
-            self.last, self.arm.trainer, {**plans, "plans_name": plans_name}, entry, workspace.data_fingerprint(run.arm)
+            self.last,
+            self.arm.trainer,
+            {**plans, "plans_name": plans_name},
+            entry,
+            workspace.data_fingerprint(run.arm, entry),
         )
 
         def work(call: Callable[[Sequence[str], Mapping[str, str]], None]) -> None:
             preprocessed = Path(environment["nnUNet_preprocessed"]) / workspace.dataset.name
             workspace.write_plans(preprocessed, plans, plans_name)
+            # nnU-Net's own trainers write checkpoints in place: one that a kill cut off would end every resumption.
+            for broken in [path for path in folder.glob("checkpoint_*.pth") if not is_zipfile(path)]:
+                shutil.move(broken, superseded(workspace.out, f"{run.arm}_{run.deal.name}_{name}_{broken.name}"))
             resumed = any(folder.glob("checkpoint_*.pth"))
             call((*command, "--c") if resumed else command, environment)
 
@@ -440,9 +448,7 @@ class Runner:
             entry = {}
             record.content["steps"].pop(step.name, None)
         attempts = int(entry.get("attempts", 0)) + 1
-        record.note(
-            step.name, fingerprint=step.fingerprint, done=False, attempts=attempts, kind=step.kind, epochs=step.epochs
-        )
+        record.note(step.name, fingerprint=step.fingerprint, done=False, attempts=attempts, kind=step.kind)
         log = self.workspace.out / "logs" / run.arm / run.deal.name / f"{step.name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         start, seconds = time.monotonic(), float(entry.get("seconds", 0.0))
@@ -454,7 +460,9 @@ class Runner:
         if missing:
             raise RunError(f"{step.name} ended without {missing[0]}; all it said is in {log}")
         if step.model is not None:
-            record.note(step.name, training_seconds=training_seconds(step.model))
+            # By what was run: trainers that are not ours do not take their length from the plans.
+            times = epoch_seconds(step.model)
+            record.note(step.name, training_seconds=sum(times.values()), epochs=len(times))
         record.note(step.name, done=True)
 
     def _supersede(self, run: Run, step: Step) -> None:
@@ -470,7 +478,7 @@ class Runner:
         training = [entry for entry, step in zip(noted, steps, strict=True) if step.kind == "train"]
         # Between the first training and the last one a run with pseudo-labels predicts: that belongs to its training.
         between = sum(float(entry["seconds"]) for entry in noted[:-1] if entry["kind"] != "train")
-        epochs = sum(step.epochs for step in steps)
+        epochs = sum(int(entry["epochs"]) for entry in training)
         record.note(
             epochs=epochs,
             updates=updates_of(self.workspace, run, epochs),

@@ -87,19 +87,19 @@ class Deal:
         }
 
 
-def read_groups(cohort: Cohort, groups: Groups | None) -> dict[str, str]:
+def read_groups(cohort: Cohort, groups: Groups | None, patients: Mapping[str, str]) -> dict[str, str]:
     """Whom each case shows, where that is known: by the study's file, else by the patient in `dataset.json`.
 
     Args:
         cohort: The cases of the dataset.
         groups: The study's file.
+        patients: Whom the cases show by `dataset.json`, those of imagesTs too.
 
     Raises:
         UserError: The file cannot be read, or it takes the cases of a patient apart.
     """
-    patients = {case: str(entry.patient) for case, entry in cohort.cases.items() if entry.patient is not None}
     if groups is None:
-        return patients
+        return dict(patients)
     read = _read_groups(groups)
     if not set(read) & set(cohort.cases):
         raise UserError(
@@ -108,7 +108,7 @@ def read_groups(cohort: Cohort, groups: Groups | None) -> dict[str, str]:
         )
     found = {**patients, **read}
     of_patient: dict[str, str] = {}
-    for case, patient in patients.items():
+    for case, patient in sorted(patients.items()):
         if of_patient.setdefault(patient, found[case]) != found[case]:
             raise UserError(
                 f"{groups.file} puts cases of the patient {patient} into two groups, {of_patient[patient]} and "
@@ -127,8 +127,9 @@ def make_deals(
 ) -> list[Deal]:
     """The cases of every run of an arm.
 
-    The choices of a repeat are nested: those of 4 masks hold that of 1. Those of two repeats have as few masks in
-    common as that allows; a choice that would come twice, as with all masks there are, comes once.
+    The choices of a repeat are nested: those of 4 masks hold that of 1. Those of the repeats lie apart in the order of
+    the masks, and repeats that are added leave the others as they were; a choice that would come twice, as with all
+    masks there are, comes once.
 
     Args:
         study: The study.
@@ -154,9 +155,9 @@ def make_deals(
                 f"masks=[{', '.join(str(number) for number in study.masks if number <= len(pool)) or 1}]), or test "
                 "fewer."
             )
+        starts = _starts(len(pool), study.repeats)
         for number in study.masks:
-            for repeat in range(study.repeats):
-                start = repeat * max(1, len(pool) // study.repeats) % len(pool)
+            for repeat, start in enumerate(starts):
                 train = tuple((pool[start:] + pool[:start])[:number])
                 choice = (fold, frozenset(train))
                 if choice in seen:
@@ -191,8 +192,7 @@ def _deal(
     hidden = {case for case in cohort.labelled if case not in held_out} - set(train)
     test = [case for case in held_out if _can_be_tested(cohort, case, truths)]
     if _uses_images_ts(study, images_ts):
-        test = [] if isinstance(study.test, str) else test
-        test += images_ts
+        test = [*(test if _named_patterns(study) else ()), *images_ts]
     if not test:
         raise UserError("No test case has a mask, or a label file of zeros: there is nothing to judge the arms by.")
     diseased = tuple(sorted(hidden | (set(cohort.diseased) - held_out)))
@@ -215,7 +215,7 @@ def _test_sets(
         )
     # Whoever is in imagesTs as well is not learnt from.
     shown = {groups[case] for case in images_ts if case in groups} if _uses_images_ts(study, images_ts) else set()
-    if patterns := [pattern for pattern in _patterns(study) if pattern != IMAGES_TS]:
+    if patterns := _named_patterns(study):
         return [shown | _named(patterns, members, truths)]
     if _uses_images_ts(study, images_ts):
         return [shown]
@@ -253,6 +253,11 @@ def _patterns(study: Study) -> tuple[str, ...]:
     if isinstance(study.test, str):
         return () if study.test in ("auto", REST) else (study.test,)
     return study.test if isinstance(study.test, tuple) else ()
+
+
+def _named_patterns(study: Study) -> list[str]:
+    """Those of them that name cases and groups of the training set."""
+    return [pattern for pattern in _patterns(study) if pattern != IMAGES_TS]
 
 
 def _uses_images_ts(study: Study, images_ts: Collection[str]) -> bool:
@@ -316,6 +321,19 @@ def _pool(study: Study, cohort: Cohort, held_out: Collection[str]) -> list[str]:
         found = [case for case in free if fnmatchcase(case, pattern) and case not in pool]
         pool += _shuffled(found, study.seed + 2)
     return pool
+
+
+def _starts(masks: int, repeats: int) -> list[int]:
+    """Where in the order of the masks each repeat begins: three thirds, then each as far from the others as can be.
+
+    No start depends on how many there are. With more repeats than masks they come again.
+    """
+    starts = [repeat * max(1, masks // 3) % masks for repeat in range(min(repeats, 3))]
+    while len(starts) < repeats:
+        apart = {new: min((new - old) % masks for old in starts) for new in range(masks)}
+        apart = {new: min(ahead, *((old - new) % masks for old in starts)) for new, ahead in apart.items()}
+        starts.append(max(apart, key=lambda new: apart[new]))
+    return starts
 
 
 def _can_be_tested(cohort: Cohort, case: str, truths: Collection[str]) -> bool:

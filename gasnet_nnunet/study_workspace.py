@@ -31,7 +31,15 @@ from typing import Any
 
 from filelock import FileLock
 
-from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, declared_labels, raise_problems, read_cohort
+from gasnet_nnunet.cohort import (
+    COHORT_CACHE,
+    Cohort,
+    abbreviate,
+    declared_labels,
+    patients_of,
+    raise_problems,
+    read_cohort,
+)
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import cores, run_jobs
@@ -111,12 +119,13 @@ class Workspace:
         self.dataset_json = read_json(self.base / "dataset.json")
         self.ending = str(self.dataset_json["file_ending"])
         self.cohort = self._read_cohort()
-        self.groups = read_groups(self.cohort, study.groups)
+        self.groups = read_groups(self.cohort, study.groups, patients_of(self.dataset_json))
         self.truths = self._truths()
         self.images_ts = self._images_ts()
         self.deals = make_deals(study, self.cohort, self.groups, truths=self.truths, images_ts=self.images_ts)
         check_patterns(study, self.cohort, self.deals)
         self._numbers: dict[str, int] = {}
+        self._file_sizes: dict[str, dict[str, int]] = {}
         self._test_sets: dict[str, TestSet] = {}
         self.preparation_seconds = 0.0
 
@@ -127,7 +136,7 @@ class Workspace:
         for deal in self.deals:
             for arm in self.study.ordered_arms():
                 if deal.masks in self.study.masks_of(arm):
-                    runs.append(Run(arm, deal, self._numbers[_digest(deal.entry(self.study.volumes_of(arm)))]))
+                    runs.append(Run(arm, deal, self._numbers[_digest(self._fold(arm, deal))]))
         return runs
 
     @property
@@ -148,7 +157,10 @@ class Workspace:
         }
 
     def write(self) -> None:
-        """Write everything that the commands read; what is there already is kept if it is the same.
+        """Write what the commands read, but for the plans, which a run writes when it needs them.
+
+        What is there already is kept if it is the same. Plans that were written for all arms here would replace those
+        of a run that another process has just begun, whose first training is shorter than its arm.
 
         Raises:
             UserError: The folder cannot be written.
@@ -157,8 +169,6 @@ class Workspace:
         self.results.mkdir(parents=True, exist_ok=True)
         self.link_preprocessed(self.preprocessed)
         self._write_splits()
-        for arm, plans in self.plans.items():
-            self.write_plans(self.preprocessed, plans, arm)
 
     def link_preprocessed(self, folder: Path, *, but: Collection[str] = ()) -> None:
         """Make a dataset's folder of nnUNet_preprocessed whose cases are links to those of the user's.
@@ -211,12 +221,33 @@ class Workspace:
         trainer = self.study.arms[run.arm].trainer
         return self.results / f"{trainer}__{plans_name}__{self.study.configuration}" / f"fold_{run.number}"
 
-    def data_fingerprint(self, arm: str) -> Any:
-        """What tells the preprocessed cases of an arm from others."""
+    def data_fingerprint(self, arm: str, fold: Mapping[str, Any]) -> Any:
+        """What tells the preprocessed cases that an arm learns from from others: how they were made, and their sizes.
+
+        Compressed files of another content are hardly ever of the same size, and copies keep it, unlike their times.
+        What a hidden mask says is not learnt from, so only its scan counts.
+
+        Args:
+            arm: Key of the arm.
+            fold: The cases, as in `splits_final.json`.
+        """
         path = self.base / "gasnet_preprocessed.json"
         record = read_json(path) if path.is_file() else {}
         name = str(self.plans[arm]["configurations"][self.study.configuration]["data_identifier"])
-        return [{name: record[name]} if name in record else None, self.dataset_json["labels"]]
+        scans, masks = self._sizes(name, ".b2nd", ".npz"), self._sizes("gt_segmentations", self.ending)
+        sizes = {case: [scans.get(case)] for kind in ("diseased", "healthy") for case in fold[kind]}
+        sizes |= {case: [scans.get(case), scans.get(f"{case}_seg"), masks.get(case)] for case in fold["train"]}
+        return [{name: record[name]} if name in record else None, self.dataset_json["labels"], sizes]
+
+    def _sizes(self, folder: str, *endings: str) -> dict[str, int]:
+        """Sizes in bytes of the files with these endings in a folder of preprocessed cases, by their names without."""
+        if folder not in self._file_sizes:
+            self._file_sizes[folder] = {
+                path.name.removesuffix(ending): path.stat().st_size
+                for ending in endings
+                for path in (self.base / folder).glob(f"*{ending}")
+            }
+        return self._file_sizes[folder]
 
     def splits(self) -> list[dict[str, Any]]:
         """The study's folds by number."""
@@ -404,13 +435,17 @@ class Workspace:
         digests = [_digest(fold) for fold in folds]
         for deal in self.deals:
             for arm in self.study.arms:
-                entry = deal.entry(self.study.volumes_of(arm))
-                if _digest(entry) not in digests:
-                    folds.append(entry)
-                    digests.append(_digest(entry))
+                fold = self._fold(arm, deal)
+                if _digest(fold) not in digests:
+                    folds.append(fold)
+                    digests.append(_digest(fold))
         self._numbers = {digest: number for number, digest in enumerate(digests)}
         write_json(path, {"folds": folds})
         write_json(self.preprocessed / SPLITS, folds)
+
+    def _fold(self, arm: str, deal: Deal) -> dict[str, Any]:
+        """A fold with the name of its deal: where arms learn from few volumes, two deals may have the same cases."""
+        return {**deal.entry(self.study.volumes_of(arm)), "deal": deal.name}
 
 
 def fingerprint(*parts: Any) -> str:

@@ -779,6 +779,14 @@ class VanillaTrainer(nnUNetTrainer):
             torch.manual_seed(settings.seed)
             np.random.seed(settings.seed)
 
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint; the old file stays until the new one is whole, so that a study can always go on."""
+        if self.disable_checkpointing or self.local_rank != 0:
+            super().save_checkpoint(filename)
+            return
+        with _one_sentence():
+            write_checkpoint(Path(filename), super().save_checkpoint, {})
+
 
 def _inner(loss: nn.Module) -> Any:
     """nnU-Net's loss of one deep-supervision level."""

@@ -55,6 +55,26 @@ def test_what_is_written_is_read_as_the_same_study(tmp_path: Path) -> None:
     assert load_study(write(tmp_path, study.dump())) == study
 
 
+def test_what_an_arm_sets_back_is_written(tmp_path: Path) -> None:
+    text = WHOLE + "  back: {like: longer, trainer: GASNetTrainer, equal_time_with: null, settings: {}}\n"
+    study = load_study(write(tmp_path, text))
+    assert study.arms["back"].equal_time_with is None
+    assert study.arms["back"].trainer == "GASNetTrainer"
+    assert load_study(write(tmp_path, study.dump())) == study
+
+
+def test_a_dataset_may_be_planned_as_a_model_was(tmp_path: Path) -> None:
+    (tmp_path / "model.pth").touch()
+    text = WHOLE + "plan: {init_from: model.pth}\n"
+    study = load_study(write(tmp_path, text))
+    assert study.plan is not None
+    assert study.plan.init_from == tmp_path / "model.pth"
+    with pytest.raises(UserError, match="leave out preset"):
+        load_study(write(tmp_path, WHOLE + "plan: {init_from: model.pth, preset: paper}\n"))
+    with pytest.raises(UserError, match=r"nothing\.pth, and there is no such file"):
+        load_study(write(tmp_path, WHOLE + "plan: {init_from: nothing.pth}\n"))
+
+
 def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
     study = load_study(write(tmp_path, WHOLE), {"dataset": 777, "settings": {"num_epochs": 2}})
     assert study.dataset == 777

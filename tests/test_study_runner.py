@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import submitit
 import tiny_dataset
 import torch
 from rich.console import Console
+from scipy.ndimage import binary_erosion
 
 from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.cohort import read_cohort
@@ -34,11 +36,11 @@ from gasnet_nnunet.study_report import _differences, write_report
 from gasnet_nnunet.study_runner import (
     Runner,
     WaitingError,
+    epoch_seconds,
     find_script,
     record_of,
     state_of,
     steps_of,
-    training_seconds,
 )
 from gasnet_nnunet.study_slurm import submit
 from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
@@ -174,6 +176,34 @@ def test_done_means_with_these_settings_and_whole(crashed: tuple[Path, set[str],
     noted = record_of(workspace, run)
     assert noted.step("train")["fingerprint"] == train.fingerprint
     assert noted.step("predict")["fingerprint"] != predict.fingerprint
+
+
+def test_a_corrected_mask_changes_the_runs_that_learn_from_it(crashed: tuple[Path, set[str], set[str]]) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    run = run_of(workspace, "supervised")
+    tested = next(case for case in run.deal.test if case.startswith("labelled"))
+    for case, state in ((tested, "done"), (run.deal.train[0], "changed")):
+        path = workspace.base / "gt_segmentations" / f"{case}.nii.gz"
+        before = path.read_bytes()
+        try:
+            tiny_dataset.write_image(binary_erosion(tiny_dataset.patient(case).lesion).astype("uint8"), path)
+            assert state_of(Workspace(workspace.study, out, workspace.dataset), run) == state
+        finally:
+            path.write_bytes(before)
+
+
+def test_deals_of_the_same_cases_have_folds_of_their_own(crashed: tuple[Path, set[str], set[str]]) -> None:
+    # Where an arm learns from few volumes, what is tested may be all that tells two deals apart.
+    out, _, _ = crashed
+    workspace = opened(out)
+    (deal,) = workspace.deals
+    workspace.deals.append(dataclasses.replace(deal, fold=1, test=deal.test[:1]))
+    workspace.write()
+    try:
+        assert len({run.number for run in workspace.runs if run.arm == "supervised"}) == 2
+    finally:
+        opened(out).write()
 
 
 def test_folds_keep_their_numbers(crashed: tuple[Path, set[str], set[str]]) -> None:
@@ -534,10 +564,10 @@ def test_an_epoch_that_was_run_again_counts_once(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text("\n".join(part).format(t="2026-01-01 10:00:00.1") + "\n")
         os.utime(tmp_path / name, (int(name[-5]), int(name[-5])))
-    assert training_seconds(tmp_path) == 15.0
+    assert epoch_seconds(tmp_path) == {0: 10.0, 1: 5.0}
 
 
-def test_nnunets_own_trainer_takes_its_length_from_the_plans(folders: Path) -> None:
+def test_nnunets_own_trainer_takes_its_length_from_the_plans(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gasnet_nnunet.trainers import VanillaTrainer
 
     plans = json.loads((folders / "preprocessed" / DATASET / "GASNetPlans.json").read_text(encoding="utf-8"))
@@ -545,6 +575,19 @@ def test_nnunets_own_trainer_takes_its_length_from_the_plans(folders: Path) -> N
     plans["continue_training"] = False
     trainer = VanillaTrainer(plans, "3d_fullres", 0, tiny_dataset.DATASET_JSON, torch.device("cpu"))
     assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.save_every) == (7, 3, 1)
+    trainer.initialize()
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    before = path.read_bytes()
+
+    def cut_off(_: object, target: str) -> None:
+        Path(target).write_bytes(before[:1000])
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(SystemExit, match="no space left"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.slow
@@ -580,6 +623,33 @@ def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> No
     assert labelled | set(fold["diseased"]) == {*run_of(workspace, "rounds").deal.diseased, *fold["val"]}
     assert (out / "arms_masks1.png").is_file()
     assert (out / "overlays.png").is_file()
+    # A study that goes on from that model, by one command.
+    (checkpoint,) = out.rglob("GASNetTrainer__gasnet__3d_fullres/fold_*/checkpoint_final.pth")
+    onward = {"plans": "Second", "plan": {"init_from": str(checkpoint)}, "settings": SHORT}
+    arms = {"finetuned": {}, "from-scratch": {"settings": {"init_from": None}}}
+    command(write_study(folders / "files2", arms=arms, **onward), out=folders / "onward", device="cpu")
+    workspace = opened(folders / "onward")
+    assert all(state_of(workspace, run) == "done" for run in workspace.runs)
+    for arm, goes_on in (("finetuned", True), ("from-scratch", False)):
+        (log,) = (folders / "onward").rglob(f"GASNetTrainer__{arm}__3d_fullres/fold_*/training_log_*.txt")
+        assert (str(checkpoint) in log.read_text(encoding="utf-8")) == goes_on
+
+
+def test_a_checkpoint_that_was_cut_off_does_not_end_a_run(folders: Path) -> None:
+    arms = {"plain": {"trainer": "nnUNetTrainer_1epoch"}}
+    out = folders / "cut_off"
+    workspace = open_workspace(load_study(write_study(folders / "files5", arms=arms)), out)
+    (run,) = workspace.runs
+    train = steps_of(workspace, run, "cpu")[0]
+    assert train.model is not None
+    train.model.mkdir(parents=True)
+    (train.model / "checkpoint_latest.pth").write_bytes(b"PK half of it")
+    asked: list[Sequence[str]] = []
+    train.work(lambda command, _: asked.append(command))
+    assert "--c" not in asked[0]
+    assert [path.name.split("_", 1)[1] for path in (out / "superseded").iterdir()] == [
+        "plain_masks1_repeat0_fold0_train_checkpoint_latest.pth"
+    ]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")

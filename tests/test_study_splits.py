@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -101,6 +102,28 @@ def test_the_choice_may_be_given() -> None:
     assert "labelled_5" in deals[0].diseased
 
 
+def test_repeats_that_are_added_leave_the_others_as_they_were() -> None:
+    cases = cohort(labelled=7)
+    choices = [
+        [deal.train for deal in make_deals(study(masks=[1], repeats=repeats, test=("healthy_0",)), cases, {})]
+        for repeats in range(1, 8)
+    ]
+    for fewer, more in itertools.pairwise(choices):
+        assert more[: len(fewer)] == fewer
+    assert len(set(choices[-1])) == 7
+
+
+def test_images_ts_among_patterns_adds_its_cases() -> None:
+    both = study(repeats=1, test=("imagesTs", "labelled_1"))
+    (deal,) = make_deals(both, cohort(), {}, images_ts={"new_0"})
+    assert set(deal.test) == {"labelled_1", "new_0"}
+    alone = [
+        make_deals(study(repeats=1, test=test), cohort(), {}, images_ts={"new_0"})
+        for test in ("imagesTs", ("imagesTs",))
+    ]
+    assert [deal.test for (deal,) in alone] == [("new_0",)] * 2
+
+
 def test_alike_choices_come_once() -> None:
     deals = make_deals(study(masks=[1], repeats=5, test=("labelled_0",)), cohort(labelled=2), {})
     assert len(deals) == 1
@@ -166,16 +189,19 @@ def test_groups_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"labelled_0": {"anatomy": "x"}, "labelled_1": {"anatomy": "y"}}))
     (tmp_path / "a.csv").write_text("case,scanner\nlabelled_0,x\nlabelled_1,y\n")
     expected = {"labelled_0": "x", "labelled_1": "y"}
-    assert read_groups(cases, Groups(file=tmp_path / "a.json", key="anatomy")) == expected
-    assert read_groups(cases, Groups(file=tmp_path / "a.csv", key="scanner")) == expected
+    assert read_groups(cases, Groups(file=tmp_path / "a.json", key="anatomy"), {}) == expected
+    assert read_groups(cases, Groups(file=tmp_path / "a.csv", key="scanner"), {"new_0": "p"}) == {
+        **expected,
+        "new_0": "p",
+    }
     with pytest.raises(UserError, match="there are anatomy"):
-        read_groups(cases, Groups(file=tmp_path / "a.json", key="scanner"))
+        read_groups(cases, Groups(file=tmp_path / "a.json", key="scanner"), {})
     with pytest.raises(UserError, match=r"groups\.key is missing"):
-        read_groups(cases, Groups(file=tmp_path / "a.json"))
+        read_groups(cases, Groups(file=tmp_path / "a.json"), {})
 
 
 def test_a_file_may_not_take_a_patient_apart(tmp_path: Path) -> None:
-    cases = Cohort({name: Case(name, Kind.HEALTHY, 0, 0.0, patient="p") for name in ("a", "b")})
+    cases = Cohort({name: Case(name, Kind.HEALTHY, 0, 0.0) for name in ("a", "b")})
     (tmp_path / "g.json").write_text(json.dumps({"a": "x", "b": "y"}))
     with pytest.raises(UserError, match="the patient p into two groups"):
-        read_groups(cases, Groups(file=tmp_path / "g.json"))
+        read_groups(cases, Groups(file=tmp_path / "g.json"), {"a": "p", "b": "p"})
