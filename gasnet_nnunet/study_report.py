@@ -87,11 +87,13 @@ def write_report(workspace: Workspace) -> Report:
         write_text(files[-1], results.to_csv(index=False))
         text += _differences(workspace, runs, results)
         text += _subsets(workspace, runs, results)
-        files += _figures(workspace, runs, results)
     remarks = _remarks(workspace, runs)
     text.append("\n".join(f"- {remark}" for remark in remarks) + "\n")
     files.append(out / "summary.md")
     write_text(files[-1], "\n".join(text))
+    # After all tables: a fault in a figure costs none of them.
+    if not results.empty:
+        files += _figures(workspace, runs, results)
     # A terminal is narrow; summary.md has all columns.
     table = to_rich(cells.drop(columns=list(NOT_IN_TERMINALS)), title=workspace.study.title)
     return Report(table, remarks, files, failed)
@@ -282,18 +284,24 @@ def _figures(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) ->
             made.append(workspace.out / f"arms_masks{number}.png")
             plot_comparison(frames, made[-1], metrics=PAPER_METRICS)
     for deal in workspace.deals:
-        mine = runs[(runs["masks"] == deal.masks) & (runs["repeat"] == deal.repeat) & (runs["fold"] == deal.fold)]
-        if (mine["state"] == "done").all():
+        mine = _of_deal(runs, deal)
+        if len(mine) and (mine["state"] == "done").all():
             made.append(workspace.out / "overlays.png")
             _draw_overlays(workspace, deal, list(mine["arm"])[:MOST_COMPARED], results, made[-1])
             break
     return made
 
 
+def _of_deal(rows: pd.DataFrame, deal: Deal) -> pd.DataFrame:
+    """The rows of the runs on the cases of a deal."""
+    return rows[(rows["masks"] == deal.masks) & (rows["repeat"] == deal.repeat) & (rows["fold"] == deal.fold)]
+
+
 def _draw_overlays(workspace: Workspace, deal: Deal, arms: list[str], results: pd.DataFrame, path: Path) -> None:
     """What the arms found in the largest, the middle and the smallest burden, and in a healthy case."""
     tests = workspace.test_set(deal)
-    scores = results[(results["arm"] == arms[0]) & (results["fold"] == deal.fold)].drop_duplicates("case")
+    # Other deals may have other test cases, as with `test: rest`.
+    scores = _of_deal(results[results["arm"] == arms[0]], deal)
     ill = list(scores.loc[scores["lesion_ml"] > 0].sort_values("lesion_ml", ascending=False)["case"])
     well = list(scores.loc[scores["lesion_ml"] == 0, "case"])
     spread = [ill[position] for position in sorted({0, len(ill) // 2, len(ill) - 1})] if ill else []
