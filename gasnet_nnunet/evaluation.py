@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,6 +334,8 @@ def to_rich(text: pd.DataFrame, *, title: str | None = None) -> Table:
 def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path, *, metrics: Sequence[str] | None = None) -> None:
     """Draw every case under every model, joined by a line, with the mean of each model.
 
+    Where no case has any of the metrics, the figure says so: an earlier one under its name would be of other cases.
+
     Args:
         frames: Result of `evaluate_folder` of each model.
         path: The PNG to write.
@@ -340,8 +343,8 @@ def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path, *, metrics: 
     """
     known = shown_metrics(frames)
     shown = {name: metric for name, metric in known.items() if metrics is None or name in metrics}
-    columns = min(PANELS_IN_A_ROW, len(shown))
-    rows = -(-len(shown) // columns)
+    columns = max(1, min(PANELS_IN_A_ROW, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
     with matplotlib.style.context("default"):
         width = max(3.4, 0.9 * len(frames) + 1.2)
         figure = Figure(figsize=(width * columns, 4.2 * rows), layout="constrained")
@@ -350,6 +353,10 @@ def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path, *, metrics: 
             _draw_strips(axis, name, metric, frames)
         for axis in axes[len(shown) :]:
             axis.set_axis_off()
+        if not shown:
+            wanted = "; ".join(METRICS[name].heading if name in METRICS else name for name in metrics or METRICS)
+            text = textwrap.fill(f"No case has a value of: {wanted}", 40)
+            axes[0].text(0.5, 0.5, text, transform=axes[0].transAxes, ha="center", va="center", fontsize=9)
         save_figure(figure, path)
 
 

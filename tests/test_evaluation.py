@@ -21,6 +21,7 @@ from gasnet_nnunet.evaluation import (
     plot_comparison,
     plot_overlays,
     rich_table,
+    shown_metrics,
     summarise,
 )
 
@@ -152,6 +153,14 @@ def test_figures_are_drawn(folders: Path) -> None:
     for name in ("comparison", "overlays"):
         assert imread(folders / f"{name}.png").std() > 0.05
     assert not list(folders.glob(".*"))
+
+
+def test_a_figure_of_nothing_says_so(folders: Path) -> None:
+    well = evaluate_folder(folders / "poor", folders / "reference").loc[["well"]]
+    assert shown_metrics({"poor": well}).keys().isdisjoint(PAPER_METRICS), "healthy, and no lungs to take a share of"
+    plot_comparison({"poor": well, "good": well}, folders / "comparison.png", metrics=PAPER_METRICS)
+    assert (imread(folders / "comparison.png")[..., :3] < 0.5).any(), "the sentence"
+    plot_comparison({"poor": well.iloc[:0]}, folders / "comparison.png")
 
 
 def test_overlay_colours_what_was_found_missed_and_false(folders: Path) -> None:
