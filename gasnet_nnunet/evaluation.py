@@ -226,14 +226,22 @@ def summarise(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | No
 
 def shown_metrics(frames: Mapping[str, pd.DataFrame]) -> dict[str, Metric]:
     """The metrics that at least one case of one model has, in the order of tables."""
-    columns = list(dict.fromkeys(column for frame in frames.values() for column in frame))
-    classes = [str(column) for column in columns if str(column).startswith(CLASS_PREFIX)]
-    known = {**METRICS, **{name: Metric(f"Dice {name.removeprefix(CLASS_PREFIX)} %", 100) for name in classes}}
+    classes = {name: metric for frame in frames.values() for name, metric in class_metrics(frame).items()}
     return {
         name: metric
-        for name, metric in known.items()
+        for name, metric in {**METRICS, **classes}.items()
         if any(judged(frame, name).notna().any() for frame in frames.values())
     }
+
+
+def class_metrics(frame: pd.DataFrame) -> dict[str, Metric]:
+    """The Dice of each lesion class that a frame has, where there are several.
+
+    Args:
+        frame: Rows as `evaluate_folder` makes them.
+    """
+    names = [str(column) for column in frame if str(column).startswith(CLASS_PREFIX)]
+    return {name: Metric(f"Dice {name.removeprefix(CLASS_PREFIX)} %", 100) for name in names}
 
 
 def paired_differences(

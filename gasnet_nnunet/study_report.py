@@ -23,6 +23,8 @@ from gasnet_nnunet.evaluation import (
     METRICS,
     MODEL_COLOURS,
     PAPER_METRICS,
+    Metric,
+    class_metrics,
     differences_text,
     judged,
     paired_differences,
@@ -38,12 +40,7 @@ from gasnet_nnunet.study_runner import SESSIONS, record_of, scores_of, state_of,
 from gasnet_nnunet.study_splits import Deal
 from gasnet_nnunet.study_workspace import Workspace
 
-HEADINGS = (
-    *(METRICS[name].heading for name in PAPER_METRICS),
-    "Mean Dice % of each choice",
-    "Updates of S",
-    "Training, min",
-)
+RUN_HEADINGS = ("Mean Dice % of each choice", "Updates of S", "Training, min")
 NOT_IN_TERMINALS = (METRICS["sensitivity"].heading, METRICS["specificity"].heading, "Updates of S")
 REASON_LENGTH = 400
 """Characters at the end of what a run that failed has said."""
@@ -95,7 +92,8 @@ def write_report(workspace: Workspace) -> Report:
     if not results.empty:
         files += _figures(workspace, runs, results)
     # A terminal is narrow; summary.md has all columns.
-    table = to_rich(cells.drop(columns=list(NOT_IN_TERMINALS)), title=workspace.study.title)
+    left_out = [*NOT_IN_TERMINALS, *(metric.heading for metric in class_metrics(results).values())]
+    table = to_rich(cells.drop(columns=left_out), title=workspace.study.title)
     return Report(table, remarks, files, failed)
 
 
@@ -158,7 +156,8 @@ def _results(workspace: Workspace, runs: pd.DataFrame) -> pd.DataFrame:
 
 def _cells(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, cases: str | None = None) -> pd.DataFrame:
     """The table of arms and numbers of masks, as text; of the cases that match a pattern if one is given."""
-    study = workspace.study
+    study, metrics = workspace.study, _metrics(results)
+    headings = [*(metric.heading for metric in metrics.values()), *RUN_HEADINGS]
     if cases is not None and not results.empty:
         results = results[[fnmatchcase(case, cases) for case in results["case"]]]
     rows = []
@@ -169,17 +168,25 @@ def _cells(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, case
             row = [study.title_of(arm), str(number), f"{len(done)} of {len(mine)}"]
             of_run = results[(results["arm"] == arm) & (results["masks"] == number)] if not results.empty else results
             if of_run.empty:
-                rows.append([*row, ", ".join(sorted(set(mine["state"]))), *([""] * (len(HEADINGS) - 1))])
+                rows.append([*row, ", ".join(sorted(set(mine["state"]))), *([""] * (len(headings) - 1))])
                 continue
             by_case = of_run.groupby("case").mean(numeric_only=True)
-            values = [(METRICS[metric], judged(by_case, metric)) for metric in PAPER_METRICS]
+            values = [(metric, judged(by_case, name)) for name, metric in metrics.items()]
             row += [metric.mean_and_sd(shown.mean(), shown.std()) for metric, shown in values]
             choices = [judged(frame, "dice").mean() for _, frame in of_run.groupby("repeat")]
             row.append(", ".join(METRICS["dice"].text(value) for value in choices))
             row.append(f"{done['updates'].mean():.0f}")
             row.append(f"{done['training_seconds'].mean() / 60:.1f}")
             rows.append(row)
-    return pd.DataFrame(rows, columns=["Arm", "Masks", "Runs done", *HEADINGS]).set_index("Arm")
+    return pd.DataFrame(rows, columns=["Arm", "Masks", "Runs done", *headings]).set_index("Arm")
+
+
+def _metrics(results: pd.DataFrame) -> dict[str, Metric]:
+    """What the tables and figures show: the paper's metrics, and the Dice of each lesion class where there are several.
+
+    They are those of all runs, so that tables of some of them have the same columns.
+    """
+    return {**{name: METRICS[name] for name in PAPER_METRICS}, **class_metrics(results)}
 
 
 def _frames(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, number: int) -> dict[str, pd.DataFrame]:
@@ -212,7 +219,7 @@ def _differences(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame
             continue
         same = set.intersection(*(set(frame.index) for frame in frames.values()))
         frames = {name: frame[frame.index.isin(same)] for name, frame in frames.items()}
-        found = paired_differences(frames, reference=title, metrics=PAPER_METRICS)
+        found = paired_differences(frames, reference=title, metrics=list(_metrics(results)))
         table = differences_text(found[found["n"] > 1], frames)
         whose = title if learnt == number else f"{title} with {_masks(learnt)}"
         text.append(
@@ -282,7 +289,7 @@ def _figures(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) ->
         frames = _frames(workspace, runs, results, number)
         if frames:
             made.append(workspace.out / f"arms_masks{number}.png")
-            plot_comparison(frames, made[-1], metrics=PAPER_METRICS)
+            plot_comparison(frames, made[-1], metrics=list(_metrics(results)))
     for deal in workspace.deals:
         mine = _of_deal(runs, deal)
         if len(mine) and (mine["state"] == "done").all():
