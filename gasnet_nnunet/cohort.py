@@ -274,7 +274,7 @@ def classify_files(
     labels = declared_labels(dataset_json)
     overrulings = _overrulings(dataset_json, set(files if known is None else known))
     counts = _count_all(files, dataset_json, cache, num_processes, progress)
-    patients = _patients(dataset_json)
+    patients = patients_of(dataset_json)
     cases, problems = {}, []
     for identifier in sorted(files):
         try:
@@ -324,6 +324,21 @@ def declared_labels(dataset_json: Mapping[str, Any]) -> DeclaredLabels:
             f"(declared: {sorted(values)})."
         )
     return DeclaredLabels(frozenset(values | {0}), ignore)
+
+
+def patients_of(dataset_json: Mapping[str, Any]) -> dict[str, str]:
+    """Whom the cases show, those of `imagesTs` too, as far as the conversion noted it.
+
+    Args:
+        dataset_json: nnU-Net's `dataset.json`.
+
+    Raises:
+        UserError: Its details of cases are not as a conversion writes them.
+    """
+    section = dataset_json.get("gasnet", {}).get("cases", {})
+    if not isinstance(section, Mapping) or not all(isinstance(details, Mapping) for details in section.values()):
+        raise UserError('dataset.json: "gasnet" must have "cases" like {"case_007": {"patient": "p3"}}.')
+    return {case: str(details["patient"]) for case, details in section.items() if details.get("patient") is not None}
 
 
 def classify(identifier: str, counts: Mapping[int, int], labels: DeclaredLabels, overruling: Kind | None) -> Case:
@@ -445,14 +460,6 @@ def _overrulings(dataset_json: Mapping[str, Any], known: set[str]) -> dict[str, 
             )
         overrulings[identifier] = Kind(kind)
     return overrulings
-
-
-def _patients(dataset_json: Mapping[str, Any]) -> dict[str, str]:
-    """Whom the cases show, as far as the conversion noted it."""
-    section = dataset_json.get("gasnet", {}).get("cases", {})
-    if not isinstance(section, Mapping) or not all(isinstance(details, Mapping) for details in section.values()):
-        raise UserError('dataset.json: "gasnet" must have "cases" like {"case_007": {"patient": "p3"}}.')
-    return {case: str(details["patient"]) for case, details in section.items() if details.get("patient") is not None}
 
 
 def _count_all(

@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from gasnet_nnunet.evaluation import (
     check_references,
     differences_text,
     evaluate_files,
+    independent_units,
     markdown_table,
     paired_differences,
     plot_case,
@@ -57,6 +58,7 @@ class Comparison:
         groups: Subset of each case (index `case`), a column a division into subsets.
         notes: What the reader should know, one sentence each.
         seconds: Time of the predicting of each model that was predicted, and of all the rest ("compare").
+        patients: Whom the cases show, as far as it is known; the differences are between patients.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Comparison:
     groups: pd.DataFrame
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    patients: Mapping[str, str] = field(default_factory=dict)
 
 
 def compare_models(
@@ -145,12 +148,12 @@ def compare_models(
             measured[model.name] = measure(model)
         done.append(model)
     frames = {model.name: measured[model.name] for model in models}
-    differences = paired_differences(frames, reference=reference)
+    differences = paired_differences(frames, reference=reference, patients=cases.patients)
     notes += _remarks(frames)
     groups = pd.DataFrame(index=pd.Index(list(cases.references), name="case")) if groups is None else groups
     _draw(folder, done, cases, frames, num_processes, progress)
     seconds["compare"] = time.monotonic() - clock
-    result = Comparison(folder, frames, differences, reference, groups, tuple(notes), seconds)
+    result = Comparison(folder, frames, differences, reference, groups, tuple(notes), seconds, cases.patients)
     write_results(result, tolerance_mm=tolerance_mm)
     return result
 
@@ -233,6 +236,7 @@ def _provenance(models: Sequence[Model], cases: CaseFiles, reference: str, toler
         "masks": {case: str(path) for case, path in cases.references.items()},
         "ignore_label": cases.labels.ignore if cases.labels else None,
         "classes": {name: list(values) for name, values in cases.classes.items()},
+        "patients": dict(cases.patients),
     }
 
 
@@ -361,9 +365,10 @@ def _markdown(result: Comparison, subsets: Mapping[str, Mapping[str, Mapping[str
     if len(result.differences):
         parts.append(f"## Differences from {result.reference}\n")
         parts.append(to_markdown(differences_text(result.differences, result.frames)))
+        units = independent_units(next(iter(result.frames.values())).index, result.patients)
         parts.append(
-            "Mean of the paired differences, model minus reference; bootstrap interval over the cases; p of Wilcoxon's "
-            "signed-rank test, not corrected for the number of comparisons.\n"
+            "Mean of the paired differences, model minus reference, its bootstrap interval, and p of Wilcoxon's "
+            f"signed-rank test, not corrected for the number of comparisons, over the {units}.\n"
         )
     for column, values in subsets.items():
         parts.append(f"## By {column}\n")

@@ -249,23 +249,28 @@ def paired_differences(
     *,
     reference: str,
     metrics: Sequence[str] | None = None,
+    patients: Mapping[str, str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
     """How much every model differs from a reference model on the same cases.
 
+    Interval and test take the differences for independent, which those of several CTs of a patient are not: they are
+    averaged first.
+
     Args:
         frames: Result of `evaluate_folder` of each model, for the same cases.
         reference: The model that the others are compared with.
         metrics: Columns to compare; if `None` those of `summarise`.
+        patients: Whom the cases show, as far as it is known; other cases are of a patient each.
         resamples: Resamples of the bootstrap.
         seed: Seed of the bootstrap.
 
     Returns:
-        One row a model and metric: `model`, `metric`, `n` pairs, `difference` = mean of (model - reference), in the
-        metric's own unit, `low` and `high`, its 95 % interval by a bias-corrected and accelerated bootstrap over the
-        cases, and `p` of Wilcoxon's signed-rank test, two-sided; ties of 0 are left out, and p is 1 if all are. NaN
-        where there are fewer than two pairs.
+        One row a model and metric: `model`, `metric`, `n` patients, `difference` = mean over them of (model -
+        reference), in the metric's own unit, `low` and `high`, its 95 % interval by a bias-corrected and accelerated
+        bootstrap over the patients, and `p` of Wilcoxon's signed-rank test, two-sided; ties of 0 are left out, and p is
+        1 if all are. NaN where there are fewer than two patients.
 
     Raises:
         UserError: There is no model of that name, or a model has other cases.
@@ -283,9 +288,35 @@ def paired_differences(
     for model, frame in frames.items():
         for metric in shown_metrics(frames) if metrics is None else metrics:
             if model != reference:
-                difference = (judged(frame, metric) - judged(frames[reference], metric)).dropna().to_numpy(float)
-                rows.append({"model": model, "metric": metric, **_paired(difference, resamples, seed)})
+                difference = (judged(frame, metric) - judged(frames[reference], metric)).dropna()
+                of_patients = difference.groupby(_patients(difference.index, patients), sort=False).mean()
+                rows.append({"model": model, "metric": metric, **_paired(of_patients.to_numpy(float), resamples, seed)})
     return pd.DataFrame(rows, columns=["model", "metric", "n", "difference", "low", "high", "p"])
+
+
+def independent_units(cases: Iterable[str], patients: Mapping[str, str] | None) -> str:
+    """What `paired_differences` takes for independent, for its caption.
+
+    Args:
+        cases: The cases.
+        patients: Whom they show, as far as it is known.
+
+    Examples:
+        >>> independent_units(["a", "b", "c"], {"a": "p1", "b": "p1"})
+        '2 patients or groups that the 3 cases are of, averaged within each first'
+        >>> independent_units(["a", "b"], {"a": "p1"})
+        'cases'
+    """
+    names = list(cases)
+    number = len(set(_patients(names, patients)))
+    if number == len(names):
+        return "cases"
+    return f"{number} patients or groups that the {len(names)} cases are of, averaged within each first"
+
+
+def _patients(cases: Iterable[str], patients: Mapping[str, str] | None) -> list[str]:
+    """Whom each case shows; itself where nothing is known."""
+    return [(patients or {}).get(case, case) for case in cases]
 
 
 def markdown_table(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | None = None) -> str:

@@ -2,7 +2,7 @@
 
 Written are `results.csv` (a row for each test case of each run), `runs.csv` (a row for each run), `summary.md` and the
 figures. Means are taken as in the paper, over the test cases; a case that several choices of the masks were tested on
-counts once, by its mean over those.
+counts once, by its mean over those. Differences between arms are taken over patients or groups.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from gasnet_nnunet.evaluation import (
     Metric,
     class_metrics,
     differences_text,
+    independent_units,
     judged,
     paired_differences,
     plot_comparison,
@@ -219,12 +220,13 @@ def _differences(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame
             continue
         same = set.intersection(*(set(frame.index) for frame in frames.values()))
         frames = {name: frame[frame.index.isin(same)] for name, frame in frames.items()}
-        found = paired_differences(frames, reference=title, metrics=list(_metrics(results)))
+        found = paired_differences(frames, reference=title, metrics=list(_metrics(results)), patients=workspace.groups)
         table = differences_text(found[found["n"] > 1], frames)
         whose = title if learnt == number else f"{title} with {_masks(learnt)}"
         text.append(
             f"## {_masks(number)} against {whose}\n\nMean of the differences on the same {len(same)} cases, its 95 % "
-            "interval by bootstrap over the cases, and a signed-rank test.\n\n" + to_markdown(table)
+            f"interval by bootstrap, and a signed-rank test, over the {independent_units(same, workspace.groups)}.\n\n"
+            + to_markdown(table)
         )
     return text
 

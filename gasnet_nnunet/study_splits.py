@@ -87,17 +87,19 @@ class Deal:
         }
 
 
-def read_groups(cohort: Cohort, groups: Groups | None) -> dict[str, str]:
+def read_groups(cohort: Cohort, groups: Groups | None, patients: Mapping[str, str] | None = None) -> dict[str, str]:
     """Whom each case shows, where that is known: by the study's file, else by the patient in `dataset.json`.
 
     Args:
         cohort: The cases of the dataset.
         groups: The study's file.
+        patients: Patients in `dataset.json`, those of `imagesTs` too, which are none of the cohort.
 
     Raises:
         UserError: The file cannot be read, or it takes the cases of a patient apart.
     """
-    patients = {case: str(entry.patient) for case, entry in cohort.cases.items() if entry.patient is not None}
+    named = {case: str(entry.patient) for case, entry in cohort.cases.items() if entry.patient is not None}
+    patients = {**(patients or {}), **named}
     if groups is None:
         return patients
     read = _read_groups(groups)

@@ -31,7 +31,15 @@ from typing import Any
 
 from filelock import FileLock
 
-from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, declared_labels, raise_problems, read_cohort
+from gasnet_nnunet.cohort import (
+    COHORT_CACHE,
+    Cohort,
+    abbreviate,
+    declared_labels,
+    patients_of,
+    raise_problems,
+    read_cohort,
+)
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import cores, run_jobs
@@ -111,7 +119,7 @@ class Workspace:
         self.dataset_json = read_json(self.base / "dataset.json")
         self.ending = str(self.dataset_json["file_ending"])
         self.cohort = self._read_cohort()
-        self.groups = read_groups(self.cohort, study.groups)
+        self.groups = read_groups(self.cohort, study.groups, patients_of(self.dataset_json))
         self.truths = self._truths()
         self.images_ts = self._images_ts()
         self.deals = make_deals(study, self.cohort, self.groups, truths=self.truths, images_ts=self.images_ts)

@@ -216,6 +216,23 @@ def test_paired_differences_are_of_the_same_cases() -> None:
     assert back["difference"] == pytest.approx(-0.13)
 
 
+def test_differences_of_a_patients_cases_are_one() -> None:
+    worse = frame(dice=[0.1, 0.1, 0.1, 0.1, 0.1])
+    better = worse.assign(dice=[0.2, 0.3, 0.4, 0.6, 0.1])
+    patients = {"case_0": "p", "case_1": "p", "case_2": "p", "case_3": "q", "elsewhere": "q"}
+    row = paired_differences({"worse": worse, "better": better}, reference="worse", patients=patients).iloc[0]
+    # 0.2 on the mean of p's three cases, 0.5 of q, and 0 of case_4, of whom nothing is known.
+    assert row["n"] == 3
+    assert row["difference"] == pytest.approx((0.2 + 0.5 + 0) / 3)
+    assert row["p"] == 0.5, "two patients of one sign, and a tie"
+    alone = paired_differences({"worse": worse, "better": better}, reference="worse").iloc[0]
+    assert (alone["n"], alone["difference"]) == (5, pytest.approx((0.1 + 0.2 + 0.3 + 0.5) / 5))
+    # A patient without lesion in one CT counts by the others.
+    well = [model.assign(lesion_ml=[0.0, 5, 5, 5, 5]) for model in (worse, better)]
+    row = paired_differences(dict(zip(("worse", "better"), well, strict=True)), reference="worse", patients=patients)
+    assert row.loc[0, "difference"] == pytest.approx((0.25 + 0.5 + 0) / 3)
+
+
 def test_differences_that_say_nothing() -> None:
     alike = paired_differences({"a": frame(dice=[0.4, 0.5]), "b": frame(dice=[0.4, 0.5])}, reference="a").iloc[0]
     assert (alike["difference"], alike["low"], alike["high"], alike["p"]) == (0, 0, 0, 1)

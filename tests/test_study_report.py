@@ -35,7 +35,7 @@ def scores(**of_arms: dict[str, float]) -> pd.DataFrame:
 
 def test_several_lesion_classes_have_a_dice_each() -> None:
     results = scores(supervised={"a": 0.5, "b": 0.5}, gasnet={"a": 0.6, "b": 0.7})
-    results = results.assign(dice_ggo=[0.1, 0.3, 0.2, 0.5], dice_consolidation=[0.4, None, 0.8, None])
+    results = results.assign(dice_ggo=[0.1, 0.3, 0.2, 0.5], dice_consolidation=[0.4, float("nan"), 0.8, float("nan")])
     header, _, supervised, gasnet = to_markdown(_cells(workspace(), RUNS, results)).splitlines()
     assert header.split(" | ")[-5:-3] == ["Dice ggo %", "Dice consolidation %"]
     assert supervised.split(" | ")[-5:-3] == ["20.0 ± 14.1", "40.0"]
@@ -45,3 +45,13 @@ def test_several_lesion_classes_have_a_dice_each() -> None:
         assert to_markdown(cells).splitlines()[0] == header
     (text,) = _differences(workspace(), RUNS, results)
     assert "| GASNet | Dice ggo % | 2 | +15.0 |" in text
+
+
+def test_differences_are_between_patients() -> None:
+    results = scores(supervised={"a": 0.5, "b": 0.5, "c": 0.5}, gasnet={"a": 0.6, "b": 0.8, "c": 0.7})
+    (text,) = _differences(workspace({"a": "p", "b": "p"}), RUNS, results)
+    assert "over the 2 patients or groups that the 3 cases are of" in text
+    assert "| GASNet | Dice % | 2 | +20.0 |" in text
+    (text,) = _differences(workspace(), RUNS, results)
+    assert "over the cases." in text
+    assert "| GASNet | Dice % | 3 | +20.0 |" in text
