@@ -35,15 +35,18 @@ from gasnet_nnunet.evaluation import (
     summarise,
     to_markdown,
 )
-from gasnet_nnunet.files import write_json, write_text
+from gasnet_nnunet.files import file_stamp, read_json, write_json, write_text
 from gasnet_nnunet.lungs import segment_lungs
 from gasnet_nnunet.metrics import TOLERANCE_MM
+from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.prediction import predict_cases
 from gasnet_nnunet.volumes import read_volume, write_volume
 
 MARKER = "compare.json"
 """What was compared; tells a folder of an earlier comparison from one that holds anything else."""
+LUNGS_RECORD = "computed.json"
+"""In the folder of computed lung masks: the CTs that they were made from, and by which version of the package."""
 
 
 @dataclass(frozen=True)
@@ -258,20 +261,24 @@ def _lungs(
         for case in healthy
         if case not in lungs and case in cases.images
     }
+    record = folder / "lungs" / LUNGS_RECORD
+    known = read_json(record) if record.is_file() else {}
+    stamps = {case: [VERSION, "lungs", *file_stamp(image)] for case, (image, _) in jobs.items()}
+    left = [case for case, (_, target) in jobs.items() if known.get(case) != stamps[case] or not target.is_file()]
     description = "Finding lungs of cases without lesion" if progress else None
-    found = run_jobs(_segment, list(jobs.values()), num_processes=num_processes, description=description)
-    without = [case for case, there in zip(jobs, found, strict=True) if not there]
+    found = run_jobs(_segment, [jobs[case] for case in left], num_processes=num_processes, description=description)
+    without = [case for case, there in zip(left, found, strict=True) if not there]
     lungs |= {case: target for case, (_, target) in jobs.items() if case not in without}
+    if len(left) > len(without):
+        write_json(record, {case: stamp for case, stamp in stamps.items() if case not in without})
     if not without:
         return lungs, ""
     return lungs, f"no lungs were found in {abbreviate(without)}; give masks with --lungs to learn their share of it."
 
 
 def _segment(job: tuple[Path, Path]) -> bool:
-    """Write the lung mask of a CT unless it is there; whether there are lungs."""
+    """Write the lung mask of a CT; whether there are lungs."""
     image, target = job
-    if target.is_file() and target.stat().st_mtime > image.stat().st_mtime:
-        return True
     ct, grid = read_volume(image)
     x, y, z = grid.spacing
     mask = segment_lungs(ct, (z, y, x))

@@ -20,6 +20,7 @@ from gasnet_nnunet.cli import app
 from gasnet_nnunet.comparison import Comparison, compare_models, make_folder
 from gasnet_nnunet.comparison_inputs import Model, find_cases, find_model, find_models, read_groups
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.organ_masks import VERSION
 
 DATASET = "Dataset501_Tiny"
 CASES = ("diseased_7", "diseased_8", "healthy_7")
@@ -106,7 +107,27 @@ def test_lungs_of_cases_without_lesion_are_computed(data: Path) -> None:
     given = run(data, models).frames["poor"].loc["healthy_7", "false_positive_lung"]
     assert result.frames["poor"].loc["healthy_7", "false_positive_lung"] == pytest.approx(given, rel=0.3)
     assert result.frames["poor"].loc["diseased_7", "false_positive_lung"] != given
-    assert [path.name for path in (data / "out/lungs").iterdir()] == ["healthy_7.nii.gz"]
+    assert sorted(path.name for path in (data / "out/lungs").iterdir()) == ["computed.json", "healthy_7.nii.gz"]
+
+
+def test_computed_lungs_are_kept_until_the_package_finds_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = two(data)
+    cases = find_cases(models, data / "mask", images=data / "ct")
+
+    def share() -> float:
+        frame = compare_models(models, cases, data / "out", num_processes=1).frames["poor"]
+        return float(frame.loc["healthy_7", "false_positive_lung"])
+
+    found = share()
+    everything = np.ones(tiny_dataset.SIZE, np.uint8)
+    tiny_dataset.write_image(everything, data / "out/lungs/healthy_7.nii.gz")
+    kept = share()
+    assert kept < found, "taken from the file"
+    monkeypatch.setattr("gasnet_nnunet.comparison.VERSION", VERSION + 1)
+    assert share() == found
+    tiny_dataset.write_image(everything, data / "out/lungs/healthy_7.nii.gz")
+    tiny_dataset.write_image(tiny_dataset.patient("healthy_7").ct, data / "ct/healthy_7_0000.nii.gz")
+    assert share() == found, "of a CT that was written anew"
 
 
 def test_without_cts_predictions_are_measured_but_not_drawn(data: Path) -> None:

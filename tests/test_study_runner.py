@@ -346,6 +346,25 @@ def test_a_corrected_mask_changes_the_scores(crashed: tuple[Path, set[str], set[
     assert lesion_ml() == before
 
 
+def test_lungs_of_an_earlier_version_are_found_again(
+    crashed: tuple[Path, set[str], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = crashed
+    deal = run_of(opened(out), "supervised").deal
+    before = opened(out).test_set(deal)
+    assert before.lungs is not None
+    mask = before.lungs / f"{deal.test[0]}.nii.gz"
+    content = mask.read_bytes()
+    mask.write_bytes(b"lungs of an earlier version")
+    with monkeypatch.context() as patch:
+        patch.setattr("gasnet_nnunet.study_workspace.VERSION", -1)
+        after = opened(out).test_set(deal)
+    assert mask.read_bytes() == content
+    assert after.stamp != before.stamp, "scored anew"
+    assert after.scans == before.scans, "but not predicted"
+    assert opened(out).test_set(deal) == before
+
+
 def test_a_fault_in_a_run_leaves_the_others(
     crashed: tuple[Path, set[str], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
