@@ -326,6 +326,21 @@ def declared_labels(dataset_json: Mapping[str, Any]) -> DeclaredLabels:
     return DeclaredLabels(frozenset(values | {0}), ignore)
 
 
+def patients_of(dataset_json: Mapping[str, Any]) -> dict[str, str]:
+    """Whom the cases show, those of `imagesTs` too, as far as the conversion noted it.
+
+    Args:
+        dataset_json: nnU-Net's `dataset.json`.
+
+    Raises:
+        UserError: Its details of cases are not as a conversion writes them.
+    """
+    section = dataset_json.get("gasnet", {}).get("cases", {})
+    if not isinstance(section, Mapping) or not all(isinstance(details, Mapping) for details in section.values()):
+        raise UserError('dataset.json: "gasnet" must have "cases" like {"case_007": {"patient": "p3"}}.')
+    return {case: str(details["patient"]) for case, details in section.items() if details.get("patient") is not None}
+
+
 def classify(identifier: str, counts: Mapping[int, int], labels: DeclaredLabels, overruling: Kind | None) -> Case:
     """Tell a case's kind from how often each value stands in its label file.
 
@@ -445,18 +460,6 @@ def _overrulings(dataset_json: Mapping[str, Any], known: set[str]) -> dict[str, 
             )
         overrulings[identifier] = Kind(kind)
     return overrulings
-
-
-def patients_of(dataset_json: Mapping[str, Any]) -> dict[str, str]:
-    """Whom the cases show, those of imagesTs too, as far as the conversion noted it.
-
-    Raises:
-        UserError: The section of `dataset.json` is not what it should be.
-    """
-    section = dataset_json.get("gasnet", {}).get("cases", {})
-    if not isinstance(section, Mapping) or not all(isinstance(details, Mapping) for details in section.values()):
-        raise UserError('dataset.json: "gasnet" must have "cases" like {"case_007": {"patient": "p3"}}.')
-    return {case: str(details["patient"]) for case, details in section.items() if details.get("patient") is not None}
 
 
 def _count_all(

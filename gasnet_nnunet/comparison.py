@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from gasnet_nnunet.evaluation import (
     check_references,
     differences_text,
     evaluate_files,
+    independent_units,
     markdown_table,
     paired_differences,
     plot_case,
@@ -34,15 +35,18 @@ from gasnet_nnunet.evaluation import (
     summarise,
     to_markdown,
 )
-from gasnet_nnunet.files import write_json, write_text
+from gasnet_nnunet.files import file_stamp, read_json, write_json, write_text
 from gasnet_nnunet.lungs import segment_lungs
 from gasnet_nnunet.metrics import TOLERANCE_MM
+from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.prediction import predict_cases
 from gasnet_nnunet.volumes import read_volume, write_volume
 
 MARKER = "compare.json"
 """What was compared; tells a folder of an earlier comparison from one that holds anything else."""
+LUNGS_RECORD = "computed.json"
+"""In the folder of computed lung masks: the CTs that they were made from, and by which version of the package."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Comparison:
         groups: Subset of each case (index `case`), a column a division into subsets.
         notes: What the reader should know, one sentence each.
         seconds: Time of the predicting of each model that was predicted, and of all the rest ("compare").
+        patients: Whom the cases show, as far as it is known; the differences are between patients.
     """
 
     folder: Path
@@ -66,6 +71,7 @@ class Comparison:
     groups: pd.DataFrame
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    patients: Mapping[str, str] = field(default_factory=dict)
 
 
 def compare_models(
@@ -145,12 +151,12 @@ def compare_models(
             measured[model.name] = measure(model)
         done.append(model)
     frames = {model.name: measured[model.name] for model in models}
-    differences = paired_differences(frames, reference=reference)
+    differences = paired_differences(frames, reference=reference, patients=cases.patients)
     notes += _remarks(frames)
     groups = pd.DataFrame(index=pd.Index(list(cases.references), name="case")) if groups is None else groups
     _draw(folder, done, cases, frames, num_processes, progress)
     seconds["compare"] = time.monotonic() - clock
-    result = Comparison(folder, frames, differences, reference, groups, tuple(notes), seconds)
+    result = Comparison(folder, frames, differences, reference, groups, tuple(notes), seconds, cases.patients)
     write_results(result, tolerance_mm=tolerance_mm)
     return result
 
@@ -233,6 +239,7 @@ def _provenance(models: Sequence[Model], cases: CaseFiles, reference: str, toler
         "masks": {case: str(path) for case, path in cases.references.items()},
         "ignore_label": cases.labels.ignore if cases.labels else None,
         "classes": {name: list(values) for name, values in cases.classes.items()},
+        "patients": dict(cases.patients),
     }
 
 
@@ -254,20 +261,24 @@ def _lungs(
         for case in healthy
         if case not in lungs and case in cases.images
     }
+    record = folder / "lungs" / LUNGS_RECORD
+    known = read_json(record) if record.is_file() else {}
+    stamps = {case: [VERSION, "lungs", *file_stamp(image)] for case, (image, _) in jobs.items()}
+    left = [case for case, (_, target) in jobs.items() if known.get(case) != stamps[case] or not target.is_file()]
     description = "Finding lungs of cases without lesion" if progress else None
-    found = run_jobs(_segment, list(jobs.values()), num_processes=num_processes, description=description)
-    without = [case for case, there in zip(jobs, found, strict=True) if not there]
+    found = run_jobs(_segment, [jobs[case] for case in left], num_processes=num_processes, description=description)
+    without = [case for case, there in zip(left, found, strict=True) if not there]
     lungs |= {case: target for case, (_, target) in jobs.items() if case not in without}
+    if len(left) > len(without):
+        write_json(record, {case: stamp for case, stamp in stamps.items() if case not in without})
     if not without:
         return lungs, ""
     return lungs, f"no lungs were found in {abbreviate(without)}; give masks with --lungs to learn their share of it."
 
 
 def _segment(job: tuple[Path, Path]) -> bool:
-    """Write the lung mask of a CT unless it is there; whether there are lungs."""
+    """Write the lung mask of a CT; whether there are lungs."""
     image, target = job
-    if target.is_file() and target.stat().st_mtime > image.stat().st_mtime:
-        return True
     ct, grid = read_volume(image)
     x, y, z = grid.spacing
     mask = segment_lungs(ct, (z, y, x))
@@ -361,9 +372,10 @@ def _markdown(result: Comparison, subsets: Mapping[str, Mapping[str, Mapping[str
     if len(result.differences):
         parts.append(f"## Differences from {result.reference}\n")
         parts.append(to_markdown(differences_text(result.differences, result.frames)))
+        units = independent_units(next(iter(result.frames.values())).index, result.patients)
         parts.append(
-            "Mean of the paired differences, model minus reference; bootstrap interval over the cases; p of Wilcoxon's "
-            "signed-rank test, not corrected for the number of comparisons.\n"
+            "Mean of the paired differences, model minus reference, its bootstrap interval, and p of Wilcoxon's "
+            f"signed-rank test, not corrected for the number of comparisons, over the {units}.\n"
         )
     for column, values in subsets.items():
         parts.append(f"## By {column}\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from gasnet_nnunet.cohort import DeclaredLabels, abbreviate, declared_labels, raise_problems
+from gasnet_nnunet.cohort import DeclaredLabels, abbreviate, declared_labels, patients_of, raise_problems
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import files_of_cases
 from gasnet_nnunet.raw_dataset import read_json
@@ -59,6 +59,7 @@ class CaseFiles:
         labels: What `dataset.json` declares, if there is one.
         classes: Label values of each lesion class, where there are several.
         notes: What is odd about it, one sentence each.
+        patients: Whom the cases show, as far as it is known.
     """
 
     references: Mapping[str, Path]
@@ -67,6 +68,7 @@ class CaseFiles:
     labels: DeclaredLabels | None = None
     classes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    patients: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_model(
@@ -166,6 +168,7 @@ def find_cases(
     images: Path | None = None,
     lungs: Path | None = None,
     needs_images: bool = True,
+    manifest: Path | None = None,
 ) -> CaseFiles:
     """Find the cases that all models are tested on, and check all that can be checked without reading voxels.
 
@@ -177,10 +180,12 @@ def find_cases(
         images: Folder of CTs, `<case>_0000<file_ending>` as nnU-Net names them, or `<case><file_ending>`.
         lungs: Folder of lung masks, of all or of some cases.
         needs_images: Whether the cases are those that have CTs; otherwise CTs are taken where they are there.
+        manifest: Table whose column `patient`, if it has one, says whom the cases show; else the `dataset.json` that
+            lies with the masks says so.
 
     Raises:
         UserError: A folder is missing or empty, a CT has no mask, a model has no prediction of a case or other cases
-            than the others, a channel is missing, or the grids of a case differ.
+            than the others, a channel is missing, the grids of a case differ, or the manifest knows none of the cases.
     """
     dataset_json = _dataset_json(models, masks)
     ending = _ending(dataset_json)
@@ -218,6 +223,7 @@ def find_cases(
         labels=declared_labels(dataset_json) if "labels" in dataset_json else None,
         classes=lesion_classes([model.dataset_json for model in models if model.dataset_json] or [dataset_json]),
         notes=tuple(notes),
+        patients=_patients(cases, masks, manifest),
     )
     _check_grids(files, predicted)
     return files
@@ -262,6 +268,31 @@ def read_groups(
                 f"{len(names)} cases by. Name a column of at most {MOST_GROUPS}."
             )
     return groups
+
+
+def manifest_patients(manifest: Path) -> dict[str, str]:
+    """Whom the cases of a manifest show, by its column `patient`; nothing if it has none.
+
+    Args:
+        manifest: CSV or XLSX file with a column `case`, or `image` with file names.
+
+    Raises:
+        UserError: It cannot be read, names no case, or two patients of one.
+    """
+    rows = _manifest_rows(manifest, ("patient",), required=())
+    return {case: row["patient"] for case, row in rows.items() if "patient" in row}
+
+
+def _patients(cases: Sequence[str], masks: Path, manifest: Path | None) -> dict[str, str]:
+    # Not by the dataset.json of a model: other cases than those that it learnt from may bear the same names.
+    known = {} if manifest is None else manifest_patients(manifest)
+    found = known or patients_of(_json_of_masks(masks))
+    if known and not set(known) & set(cases):
+        raise UserError(
+            f"{manifest} says whom {abbreviate(sorted(known), 3)} show, but nothing about any of the cases that are "
+            f"compared: {abbreviate(cases, 3)}. Correct its column 'case' or 'image'."
+        )
+    return {case: found[case] for case in cases if case in found}
 
 
 def _ending(dataset_json: Mapping[str, Any]) -> str:
@@ -317,10 +348,13 @@ def _with_checkpoints(model: Model, folds: Sequence[str] | None, trained: Sequen
 
 def _dataset_json(models: Sequence[Model], masks: Path) -> Mapping[str, Any]:
     """What says how the masks are labelled: the dataset.json that they lie with, else that of a model."""
-    for place in (masks, masks.resolve().parent):
-        if (place / "dataset.json").is_file():
-            return read_json(place / "dataset.json")
-    return next((model.dataset_json for model in models if model.dataset_json), {})
+    return _json_of_masks(masks) or next((model.dataset_json for model in models if model.dataset_json), {})
+
+
+def _json_of_masks(masks: Path) -> Mapping[str, Any]:
+    """The dataset.json that masks lie with; empty if there is none."""
+    places = (place / "dataset.json" for place in (masks, masks.resolve().parent))
+    return next((read_json(place) for place in places if place.is_file()), {})
 
 
 def lesion_classes(dataset_jsons: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
@@ -391,12 +425,15 @@ def _check_grids(cases: CaseFiles, predicted: Sequence[Model]) -> None:
     raise_problems(problems, "the cases")
 
 
-def _manifest_rows(path: Path, columns: Sequence[str]) -> dict[str, Mapping[str, str]]:
+def _manifest_rows(
+    path: Path, columns: Sequence[str], *, required: Sequence[str] | None = None
+) -> dict[str, Mapping[str, str]]:
+    """The cells of each case in some columns, all of which the manifest must have if no others are required."""
     from gasnet_nnunet.dataset_conversion.manifest import read_manifest
     from gasnet_nnunet.volumes import volume_name
 
     rows: dict[str, Mapping[str, str]] = {}
-    for row in read_manifest(path, ("case", "image", *columns), columns):
+    for row in read_manifest(path, ("case", "image", *columns), columns if required is None else required):
         if "case" not in row.cells and "image" not in row.cells:
             raise UserError(f"{path}: {row.named} names no case. A column 'case' or 'image' is expected.")
         name = row.cells.get("case") or CHANNEL.sub("", volume_name(Path(row.cells["image"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,14 +226,22 @@ def summarise(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | No
 
 def shown_metrics(frames: Mapping[str, pd.DataFrame]) -> dict[str, Metric]:
     """The metrics that at least one case of one model has, in the order of tables."""
-    columns = list(dict.fromkeys(column for frame in frames.values() for column in frame))
-    classes = [str(column) for column in columns if str(column).startswith(CLASS_PREFIX)]
-    known = {**METRICS, **{name: Metric(f"Dice {name.removeprefix(CLASS_PREFIX)} %", 100) for name in classes}}
+    classes = {name: metric for frame in frames.values() for name, metric in class_metrics(frame).items()}
     return {
         name: metric
-        for name, metric in known.items()
+        for name, metric in {**METRICS, **classes}.items()
         if any(judged(frame, name).notna().any() for frame in frames.values())
     }
+
+
+def class_metrics(frame: pd.DataFrame) -> dict[str, Metric]:
+    """The Dice of each lesion class that a frame has, where there are several.
+
+    Args:
+        frame: Rows as `evaluate_folder` makes them.
+    """
+    names = [str(column) for column in frame if str(column).startswith(CLASS_PREFIX)]
+    return {name: Metric(f"Dice {name.removeprefix(CLASS_PREFIX)} %", 100) for name in names}
 
 
 def paired_differences(
@@ -240,23 +249,28 @@ def paired_differences(
     *,
     reference: str,
     metrics: Sequence[str] | None = None,
+    patients: Mapping[str, str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
     """How much every model differs from a reference model on the same cases.
 
+    Interval and test take the differences for independent, which those of several CTs of a patient are not: they are
+    averaged first.
+
     Args:
         frames: Result of `evaluate_folder` of each model, for the same cases.
         reference: The model that the others are compared with.
         metrics: Columns to compare; if `None` those of `summarise`.
+        patients: Whom the cases show, as far as it is known; other cases are of a patient each.
         resamples: Resamples of the bootstrap.
         seed: Seed of the bootstrap.
 
     Returns:
-        One row a model and metric: `model`, `metric`, `n` pairs, `difference` = mean of (model - reference), in the
-        metric's own unit, `low` and `high`, its 95 % interval by a bias-corrected and accelerated bootstrap over the
-        cases, and `p` of Wilcoxon's signed-rank test, two-sided; ties of 0 are left out, and p is 1 if all are. NaN
-        where there are fewer than two pairs.
+        One row a model and metric: `model`, `metric`, `n` patients, `difference` = mean over them of (model -
+        reference), in the metric's own unit, `low` and `high`, its 95 % interval by a bias-corrected and accelerated
+        bootstrap over the patients, and `p` of Wilcoxon's signed-rank test, two-sided; ties of 0 are left out, and p is
+        1 if all are. NaN where there are fewer than two patients.
 
     Raises:
         UserError: There is no model of that name, or a model has other cases.
@@ -274,9 +288,35 @@ def paired_differences(
     for model, frame in frames.items():
         for metric in shown_metrics(frames) if metrics is None else metrics:
             if model != reference:
-                difference = (judged(frame, metric) - judged(frames[reference], metric)).dropna().to_numpy(float)
-                rows.append({"model": model, "metric": metric, **_paired(difference, resamples, seed)})
+                difference = (judged(frame, metric) - judged(frames[reference], metric)).dropna()
+                of_patients = difference.groupby(_patients(difference.index, patients), sort=False).mean()
+                rows.append({"model": model, "metric": metric, **_paired(of_patients.to_numpy(float), resamples, seed)})
     return pd.DataFrame(rows, columns=["model", "metric", "n", "difference", "low", "high", "p"])
+
+
+def independent_units(cases: Iterable[str], patients: Mapping[str, str] | None) -> str:
+    """What `paired_differences` takes for independent, for its caption.
+
+    Args:
+        cases: The cases.
+        patients: Whom they show, as far as it is known.
+
+    Examples:
+        >>> independent_units(["a", "b", "c"], {"a": "p1", "b": "p1"})
+        '2 patients or groups that the 3 cases are of, averaged within each first'
+        >>> independent_units(["a", "b"], {"a": "p1"})
+        'cases'
+    """
+    names = list(cases)
+    number = len(set(_patients(names, patients)))
+    if number == len(names):
+        return "cases"
+    return f"{number} patients or groups that the {len(names)} cases are of, averaged within each first"
+
+
+def _patients(cases: Iterable[str], patients: Mapping[str, str] | None) -> list[str]:
+    """Whom each case shows; itself where nothing is known."""
+    return [(patients or {}).get(case, case) for case in cases]
 
 
 def markdown_table(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | None = None) -> str:
@@ -333,6 +373,8 @@ def to_rich(text: pd.DataFrame, *, title: str | None = None) -> Table:
 def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path, *, metrics: Sequence[str] | None = None) -> None:
     """Draw every case under every model, joined by a line, with the mean of each model.
 
+    Where no case has any of the metrics, the figure says so: an earlier one under its name would be of other cases.
+
     Args:
         frames: Result of `evaluate_folder` of each model.
         path: The PNG to write.
@@ -340,8 +382,8 @@ def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path, *, metrics: 
     """
     known = shown_metrics(frames)
     shown = {name: metric for name, metric in known.items() if metrics is None or name in metrics}
-    columns = min(PANELS_IN_A_ROW, len(shown))
-    rows = -(-len(shown) // columns)
+    columns = max(1, min(PANELS_IN_A_ROW, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
     with matplotlib.style.context("default"):
         width = max(3.4, 0.9 * len(frames) + 1.2)
         figure = Figure(figsize=(width * columns, 4.2 * rows), layout="constrained")
@@ -350,6 +392,10 @@ def plot_comparison(frames: Mapping[str, pd.DataFrame], path: Path, *, metrics: 
             _draw_strips(axis, name, metric, frames)
         for axis in axes[len(shown) :]:
             axis.set_axis_off()
+        if not shown:
+            wanted = "; ".join(METRICS[name].heading if name in METRICS else name for name in metrics or METRICS)
+            text = textwrap.fill(f"No case has a value of: {wanted}", 40)
+            axes[0].text(0.5, 0.5, text, transform=axes[0].transAxes, ha="center", va="center", fontsize=9)
         save_figure(figure, path)
 
 

@@ -27,6 +27,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def file_stamp(path: Path) -> list[int]:
+    """Size in bytes and time of the last change in ns, which tell a file from another one under its name."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 so that a reader sees the old or the new content, never a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gasnet_nnunet.files import read_json, write_json
+from gasnet_nnunet.files import file_stamp, read_json, write_json
 
 RECORD = "predicted.json"
 """In a folder of predictions: the checkpoints and the CTs that they were made from."""
@@ -45,10 +45,10 @@ def predict_cases(
     """
     ending = str(read_json(model / "dataset.json")["file_ending"])
     targets = {case: folder / f"{case}{ending}" for case in images}
-    source = {"model": str(model), "checkpoints": {str(path): _stamp(path) for path in checkpoints}}
+    source = {"model": str(model), "checkpoints": {str(path): file_stamp(path) for path in checkpoints}}
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     known = record["cases"] if record.get("source") == source else {}
-    stamps = {case: [_stamp(path) for path in paths] for case, paths in images.items()}
+    stamps = {case: [file_stamp(path) for path in paths] for case, paths in images.items()}
     left = [case for case in images if known.get(case) != stamps[case] or not targets[case].is_file()]
     if not left:
         return targets, 0
@@ -86,7 +86,3 @@ def _track(cases: Sequence[str], description: str | None) -> Iterator[str]:
     from rich.progress import track
 
     yield from track(cases, description)
-
-
-def _stamp(path: Path) -> list[int]:
-    return [path.stat().st_size, path.stat().st_mtime_ns]

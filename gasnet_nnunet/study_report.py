@@ -2,7 +2,7 @@
 
 Written are `results.csv` (a row for each test case of each run), `runs.csv` (a row for each run), `summary.md` and the
 figures. Means are taken as in the paper, over the test cases; a case that several choices of the masks were tested on
-counts once, by its mean over those.
+counts once, by its mean over those. Differences between arms are taken over patients or groups.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from gasnet_nnunet.evaluation import (
     METRICS,
     MODEL_COLOURS,
     PAPER_METRICS,
+    Metric,
+    class_metrics,
     differences_text,
+    independent_units,
     judged,
     paired_differences,
     plot_comparison,
@@ -38,12 +41,7 @@ from gasnet_nnunet.study_runner import SESSIONS, record_of, scores_of, state_of,
 from gasnet_nnunet.study_splits import Deal
 from gasnet_nnunet.study_workspace import Workspace
 
-HEADINGS = (
-    *(METRICS[name].heading for name in PAPER_METRICS),
-    "Mean Dice % of each choice",
-    "Updates of S",
-    "Training, min",
-)
+RUN_HEADINGS = ("Mean Dice % of each choice", "Updates of S", "Training, min")
 NOT_IN_TERMINALS = (METRICS["sensitivity"].heading, METRICS["specificity"].heading, "Updates of S")
 REASON_LENGTH = 400
 """Characters at the end of what a run that failed has said."""
@@ -87,13 +85,16 @@ def write_report(workspace: Workspace) -> Report:
         write_text(files[-1], results.to_csv(index=False))
         text += _differences(workspace, runs, results)
         text += _subsets(workspace, runs, results)
-        files += _figures(workspace, runs, results)
     remarks = _remarks(workspace, runs)
     text.append("\n".join(f"- {remark}" for remark in remarks) + "\n")
     files.append(out / "summary.md")
     write_text(files[-1], "\n".join(text))
+    # After all tables: a fault in a figure costs none of them.
+    if not results.empty:
+        files += _figures(workspace, runs, results)
     # A terminal is narrow; summary.md has all columns.
-    table = to_rich(cells.drop(columns=list(NOT_IN_TERMINALS)), title=workspace.study.title)
+    left_out = [*NOT_IN_TERMINALS, *(metric.heading for metric in class_metrics(results).values())]
+    table = to_rich(cells.drop(columns=left_out), title=workspace.study.title)
     return Report(table, remarks, files, failed)
 
 
@@ -156,7 +157,8 @@ def _results(workspace: Workspace, runs: pd.DataFrame) -> pd.DataFrame:
 
 def _cells(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, cases: str | None = None) -> pd.DataFrame:
     """The table of arms and numbers of masks, as text; of the cases that match a pattern if one is given."""
-    study = workspace.study
+    study, metrics = workspace.study, _metrics(results)
+    headings = [*(metric.heading for metric in metrics.values()), *RUN_HEADINGS]
     if cases is not None and not results.empty:
         results = results[[fnmatchcase(case, cases) for case in results["case"]]]
     rows = []
@@ -167,17 +169,25 @@ def _cells(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, case
             row = [study.title_of(arm), str(number), f"{len(done)} of {len(mine)}"]
             of_run = results[(results["arm"] == arm) & (results["masks"] == number)] if not results.empty else results
             if of_run.empty:
-                rows.append([*row, ", ".join(sorted(set(mine["state"]))), *([""] * (len(HEADINGS) - 1))])
+                rows.append([*row, ", ".join(sorted(set(mine["state"]))), *([""] * (len(headings) - 1))])
                 continue
             by_case = of_run.groupby("case").mean(numeric_only=True)
-            values = [(METRICS[metric], judged(by_case, metric)) for metric in PAPER_METRICS]
+            values = [(metric, judged(by_case, name)) for name, metric in metrics.items()]
             row += [metric.mean_and_sd(shown.mean(), shown.std()) for metric, shown in values]
             choices = [judged(frame, "dice").mean() for _, frame in of_run.groupby("repeat")]
             row.append(", ".join(METRICS["dice"].text(value) for value in choices))
             row.append(f"{done['updates'].mean():.0f}")
             row.append(f"{done['training_seconds'].mean() / 60:.1f}")
             rows.append(row)
-    return pd.DataFrame(rows, columns=["Arm", "Masks", "Runs done", *HEADINGS]).set_index("Arm")
+    return pd.DataFrame(rows, columns=["Arm", "Masks", "Runs done", *headings]).set_index("Arm")
+
+
+def _metrics(results: pd.DataFrame) -> dict[str, Metric]:
+    """What the tables and figures show: the paper's metrics, and the Dice of each lesion class where there are several.
+
+    They are those of all runs, so that tables of some of them have the same columns.
+    """
+    return {**{name: METRICS[name] for name in PAPER_METRICS}, **class_metrics(results)}
 
 
 def _frames(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame, number: int) -> dict[str, pd.DataFrame]:
@@ -210,12 +220,13 @@ def _differences(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame
             continue
         same = set.intersection(*(set(frame.index) for frame in frames.values()))
         frames = {name: frame[frame.index.isin(same)] for name, frame in frames.items()}
-        found = paired_differences(frames, reference=title, metrics=PAPER_METRICS)
+        found = paired_differences(frames, reference=title, metrics=list(_metrics(results)), patients=workspace.groups)
         table = differences_text(found[found["n"] > 1], frames)
         whose = title if learnt == number else f"{title} with {_masks(learnt)}"
         text.append(
             f"## {_masks(number)} against {whose}\n\nMean of the differences on the same {len(same)} cases, its 95 % "
-            "interval by bootstrap over the cases, and a signed-rank test.\n\n" + to_markdown(table)
+            f"interval by bootstrap, and a signed-rank test, over the {independent_units(same, workspace.groups)}.\n\n"
+            + to_markdown(table)
         )
     return text
 
@@ -280,20 +291,26 @@ def _figures(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) ->
         frames = _frames(workspace, runs, results, number)
         if frames:
             made.append(workspace.out / f"arms_masks{number}.png")
-            plot_comparison(frames, made[-1], metrics=PAPER_METRICS)
+            plot_comparison(frames, made[-1], metrics=list(_metrics(results)))
     for deal in workspace.deals:
-        mine = runs[(runs["masks"] == deal.masks) & (runs["repeat"] == deal.repeat) & (runs["fold"] == deal.fold)]
-        if (mine["state"] == "done").all():
+        mine = _of_deal(runs, deal)
+        if len(mine) and (mine["state"] == "done").all():
             made.append(workspace.out / "overlays.png")
             _draw_overlays(workspace, deal, list(mine["arm"])[:MOST_COMPARED], results, made[-1])
             break
     return made
 
 
+def _of_deal(rows: pd.DataFrame, deal: Deal) -> pd.DataFrame:
+    """The rows of the runs on the cases of a deal."""
+    return rows[(rows["masks"] == deal.masks) & (rows["repeat"] == deal.repeat) & (rows["fold"] == deal.fold)]
+
+
 def _draw_overlays(workspace: Workspace, deal: Deal, arms: list[str], results: pd.DataFrame, path: Path) -> None:
     """What the arms found in the largest, the middle and the smallest burden, and in a healthy case."""
     tests = workspace.test_set(deal)
-    scores = results[(results["arm"] == arms[0]) & (results["fold"] == deal.fold)].drop_duplicates("case")
+    # Other deals may have other test cases, as with `test: rest`.
+    scores = _of_deal(results[results["arm"] == arms[0]], deal)
     ill = list(scores.loc[scores["lesion_ml"] > 0].sort_values("lesion_ml", ascending=False)["case"])
     well = list(scores.loc[scores["lesion_ml"] == 0, "case"])
     spread = [ill[position] for position in sorted({0, len(ill) // 2, len(ill) - 1})] if ill else []

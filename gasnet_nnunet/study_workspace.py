@@ -41,7 +41,8 @@ from gasnet_nnunet.cohort import (
     read_cohort,
 )
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.files import write_json, write_text
+from gasnet_nnunet.files import file_stamp, write_json, write_text
+from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import cores, run_jobs
 from gasnet_nnunet.raw_dataset import Dataset, find_dataset, read_json
 from gasnet_nnunet.settings import PLANS_KEY
@@ -84,7 +85,7 @@ class TestSet:
         folder: Has `images`, `masks` and perhaps `lungs` in it.
         cases: Their names.
         scans: Changes when a scan does.
-        stamp: Changes when a scan or a mask does.
+        stamp: Changes when a scan or a mask does, or the package would find other lungs.
     """
 
     folder: Path
@@ -273,10 +274,10 @@ class Workspace:
             files |= {f"images/{case}_{channel:04d}": path for channel, path in enumerate(self._images(case))}
         lungs = self._lungs(cases)
         files |= {f"lungs/{case}": path for case, path in lungs.items()}
+        computed = [case for case in cases if case not in lungs] if self._can_find_lungs() else []
         # A mask that was corrected is another file under the old name.
-        state = {
-            name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()
-        }
+        state: dict[str, list[Any]] = {name: [str(path.resolve()), *file_stamp(path)] for name, path in files.items()}
+        state |= {f"lungs/{case}": [VERSION, self._organ()] for case in computed}
         marker = folder / "cases.json"
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
@@ -287,7 +288,7 @@ class Workspace:
                     target = place / f"{name}{self.ending}"
                     target.parent.mkdir(parents=True, exist_ok=True)
                     link(path, target)
-                self._find_lungs(place, [case for case in cases if case not in lungs])
+                self._find_lungs(place, computed)
                 self._check_test_set(place, cases)
                 write_json(place / marker.name, state)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -401,8 +402,8 @@ class Workspace:
         return self._organ() != "volume" and 0 in self.dataset.ct_channels
 
     def _find_lungs(self, folder: Path, cases: Sequence[str]) -> None:
-        """Compute lung masks of test cases, where the scans are CTs."""
-        if cases and self._can_find_lungs():
+        """Compute lung masks of test cases."""
+        if cases:
             (folder / "lungs").mkdir(exist_ok=True)
             jobs = [(self._images(case)[0], folder / "lungs" / f"{case}{self.ending}", self._organ()) for case in cases]
             results = run_jobs(_write_lungs, jobs, num_processes=cores(), description="Lungs of the test cases")

@@ -20,6 +20,7 @@ from gasnet_nnunet.cli import app
 from gasnet_nnunet.comparison import Comparison, compare_models, make_folder
 from gasnet_nnunet.comparison_inputs import Model, find_cases, find_model, find_models, read_groups
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.organ_masks import VERSION
 
 DATASET = "Dataset501_Tiny"
 CASES = ("diseased_7", "diseased_8", "healthy_7")
@@ -106,7 +107,27 @@ def test_lungs_of_cases_without_lesion_are_computed(data: Path) -> None:
     given = run(data, models).frames["poor"].loc["healthy_7", "false_positive_lung"]
     assert result.frames["poor"].loc["healthy_7", "false_positive_lung"] == pytest.approx(given, rel=0.3)
     assert result.frames["poor"].loc["diseased_7", "false_positive_lung"] != given
-    assert [path.name for path in (data / "out/lungs").iterdir()] == ["healthy_7.nii.gz"]
+    assert sorted(path.name for path in (data / "out/lungs").iterdir()) == ["computed.json", "healthy_7.nii.gz"]
+
+
+def test_computed_lungs_are_kept_until_the_package_finds_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = two(data)
+    cases = find_cases(models, data / "mask", images=data / "ct")
+
+    def share() -> float:
+        frame = compare_models(models, cases, data / "out", num_processes=1).frames["poor"]
+        return float(frame.loc[["healthy_7"], "false_positive_lung"].sum())
+
+    found = share()
+    everything = np.ones(tiny_dataset.SIZE, np.uint8)
+    tiny_dataset.write_image(everything, data / "out/lungs/healthy_7.nii.gz")
+    kept = share()
+    assert kept < found, "taken from the file"
+    monkeypatch.setattr("gasnet_nnunet.comparison.VERSION", VERSION + 1)
+    assert share() == found
+    tiny_dataset.write_image(everything, data / "out/lungs/healthy_7.nii.gz")
+    tiny_dataset.write_image(tiny_dataset.patient("healthy_7").ct, data / "ct/healthy_7_0000.nii.gz")
+    assert share() == found, "of a CT that was written anew"
 
 
 def test_without_cts_predictions_are_measured_but_not_drawn(data: Path) -> None:
@@ -314,6 +335,40 @@ def test_subsets_come_from_a_manifest_or_dataset_json(tmp_path: Path) -> None:
         read_groups(map(str, range(20)), ["id"], manifest=None, dataset_json=many)
 
 
+# Patients -------------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_between_the_patients_of_a_manifest_or_of_the_masks(data: Path) -> None:
+    details = {"diseased_7": {"patient": "p"}, "diseased_8": {"patient": "p"}, "elsewhere": {"patient": "q"}}
+    (data / "mask/dataset.json").write_text(
+        json.dumps({**tiny_dataset.DATASET_JSON, "gasnet": {"cases": details}}), encoding="utf-8"
+    )
+    cases = find_cases(two(data), data / "mask")
+    assert cases.patients == {"diseased_7": "p", "diseased_8": "p"}
+    result = compare_models(two(data), cases, data / "out", num_processes=1)
+    dice = result.differences.set_index("metric").loc["dice"]
+    gain = 1 - result.frames["poor"].loc[["diseased_7", "diseased_8"], "dice"].mean()
+    assert (dice["n"], dice["difference"]) == (1, pytest.approx(gain))
+    summary = (data / "out/summary.md").read_text(encoding="utf-8")
+    assert "over the 2 patients or groups that the 3 cases are of" in summary
+
+    manifest = data / "cases.csv"
+    manifest.write_text("case,Patient\ndiseased_7,x\nhealthy_7,x\ndiseased_8,\n")
+    assert find_cases(two(data), data / "mask", manifest=manifest).patients == {"diseased_7": "x", "healthy_7": "x"}
+    manifest.write_text("case,site\ndiseased_7,north\n")
+    assert find_cases(two(data), data / "mask", manifest=manifest).patients == cases.patients
+    manifest.write_text("case,patient\nsomebody,x\n")
+    with pytest.raises(UserError, match=r"whom somebody show, but nothing about any of the cases.* diseased_7"):
+        find_cases(two(data), data / "mask", manifest=manifest)
+
+
+def test_patients_of_what_a_model_learnt_from_are_not_those_of_the_cases(data: Path, trained: Path) -> None:
+    details = {"cases": {"diseased_7": {"patient": "p"}, "diseased_8": {"patient": "p"}}}
+    (trained / "dataset.json").write_text(json.dumps({**tiny_dataset.DATASET_JSON, "gasnet": details}))
+    models = [find_model("new", trained)]
+    assert find_cases(models, data / "mask", images=data / "ct").patients == {}
+
+
 # The command ----------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +392,6 @@ def test_command_prints_the_table(data: Path) -> None:
         (["-m", "a=nowhere"], "There is no folder nowhere"),
         (["-tr", "nnUNetTrainer"], "name it with -d"),
         (["-device", "tpu"], "--device is 'tpu'"),
-        (["--manifest", "cases.csv"], "--manifest needs --by"),
     ],
 )
 def test_command_refuses(words: list[str], message: str, tmp_path: Path) -> None:
@@ -345,6 +399,20 @@ def test_command_refuses(words: list[str], message: str, tmp_path: Path) -> None
     assert isinstance(ended.exception, UserError)
     assert message in str(ended.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_says_whom_the_cases_show_or_divides_them(data: Path) -> None:
+    manifest = data / "cases.csv"
+    manifest.write_text("case,site\ndiseased_7,north\n")
+    words = ["compare", "-o", data / "out", "-m", data / "good", "--masks", data / "mask", "--manifest", manifest]
+    ended = CliRunner().invoke(app, list(map(str, words)))
+    assert isinstance(ended.exception, UserError)
+    assert "--manifest needs --by" in str(ended.exception)
+    assert not (data / "out").exists()
+    manifest.write_text("case,patient\ndiseased_7,p\ndiseased_8,p\n")
+    assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
+    provenance = json.loads((data / "out/compare.json").read_text(encoding="utf-8"))
+    assert provenance["patients"] == {"diseased_7": "p", "diseased_8": "p"}
 
 
 def test_command_takes_the_models_and_test_cases_of_a_dataset(

@@ -21,6 +21,7 @@ from gasnet_nnunet.evaluation import (
     plot_comparison,
     plot_overlays,
     rich_table,
+    shown_metrics,
     summarise,
 )
 
@@ -154,6 +155,14 @@ def test_figures_are_drawn(folders: Path) -> None:
     assert not list(folders.glob(".*"))
 
 
+def test_a_figure_of_nothing_says_so(folders: Path) -> None:
+    well = evaluate_folder(folders / "poor", folders / "reference").loc[["well"]]
+    assert shown_metrics({"poor": well}).keys().isdisjoint(PAPER_METRICS), "healthy, and no lungs to take a share of"
+    plot_comparison({"poor": well, "good": well}, folders / "comparison.png", metrics=PAPER_METRICS)
+    assert (imread(folders / "comparison.png")[..., :3] < 0.5).any(), "the sentence"
+    plot_comparison({"poor": well.iloc[:0]}, folders / "comparison.png")
+
+
 def test_overlay_colours_what_was_found_missed_and_false(folders: Path) -> None:
     plot_overlays(
         folders / "overlays.png",
@@ -205,6 +214,23 @@ def test_paired_differences_are_of_the_same_cases() -> None:
     assert row["p"] == pytest.approx(2 / 2**7), "all seven of one sign"
     back = paired_differences({"worse": worse, "better": shuffled}, reference="better").iloc[0]
     assert back["difference"] == pytest.approx(-0.13)
+
+
+def test_differences_of_a_patients_cases_are_one() -> None:
+    worse = frame(dice=[0.1, 0.1, 0.1, 0.1, 0.1])
+    better = worse.assign(dice=[0.2, 0.3, 0.4, 0.6, 0.1])
+    patients = {"case_0": "p", "case_1": "p", "case_2": "p", "case_3": "q", "elsewhere": "q"}
+    row = paired_differences({"worse": worse, "better": better}, reference="worse", patients=patients).iloc[0]
+    # 0.2 on the mean of p's three cases, 0.5 of q, and 0 of case_4, of whom nothing is known.
+    assert row["n"] == 3
+    assert row["difference"] == pytest.approx((0.2 + 0.5 + 0) / 3)
+    assert row["p"] == 0.5, "two patients of one sign, and a tie"
+    alone = paired_differences({"worse": worse, "better": better}, reference="worse").iloc[0]
+    assert (alone["n"], alone["difference"]) == (5, pytest.approx((0.1 + 0.2 + 0.3 + 0.5) / 5))
+    # A patient without lesion in one CT counts by the others.
+    well = [model.assign(lesion_ml=[0.0, 5, 5, 5, 5]) for model in (worse, better)]
+    row = paired_differences(dict(zip(("worse", "better"), well, strict=True)), reference="worse", patients=patients)
+    assert row.loc[0, "difference"] == pytest.approx((0.25 + 0.5 + 0) / 3)
 
 
 def test_differences_that_say_nothing() -> None:

@@ -32,7 +32,7 @@ from gasnet_nnunet.study import Study, load_study
 from gasnet_nnunet.study_prepare import prepare
 from gasnet_nnunet.study_progress import Estimate
 from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
-from gasnet_nnunet.study_report import _differences, write_report
+from gasnet_nnunet.study_report import _differences, _figures, _results, _runs, write_report
 from gasnet_nnunet.study_runner import (
     Runner,
     WaitingError,
@@ -376,6 +376,25 @@ def test_a_corrected_mask_changes_the_scores(crashed: tuple[Path, set[str], set[
     assert lesion_ml() == before
 
 
+def test_lungs_of_an_earlier_version_are_found_again(
+    crashed: tuple[Path, set[str], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = crashed
+    deal = run_of(opened(out), "supervised").deal
+    before = opened(out).test_set(deal)
+    assert before.lungs is not None
+    mask = before.lungs / f"{deal.test[0]}.nii.gz"
+    content = mask.read_bytes()
+    mask.write_bytes(b"lungs of an earlier version")
+    with monkeypatch.context() as patch:
+        patch.setattr("gasnet_nnunet.study_workspace.VERSION", -1)
+        after = opened(out).test_set(deal)
+    assert mask.read_bytes() == content
+    assert after.stamp != before.stamp, "scored anew"
+    assert after.scans == before.scans, "but not predicted"
+    assert opened(out).test_set(deal) == before
+
+
 def test_a_fault_in_a_run_leaves_the_others(
     crashed: tuple[Path, set[str], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,6 +514,39 @@ def test_arms_are_compared_with_the_reference_whatever_it_learnt_from(
     (text,) = _differences(workspace, runs, results)
     assert "## 2 masks against GASNet with 1 mask" in text
     assert "| Supervised | Dice % | 2 | -15.0 |" in text
+
+
+def test_overlays_are_of_the_cases_that_their_runs_were_tested_on(
+    crashed: tuple[Path, set[str], set[str]],
+) -> None:
+    out, _, _ = crashed
+    workspace = opened(out)
+    runs = _runs(workspace)
+    runs = runs[runs["arm"] == "supervised"]
+    results = _results(workspace, _runs(workspace))
+    # As with `test: rest`: another choice of masks tests a case that this one learnt from.
+    learnt = run_of(workspace, "supervised").deal.train[0]
+    others = [results.iloc[:1].assign(case=learnt, lesion_ml=1e6, **{name: 1}) for name in ("masks", "repeat", "fold")]
+    others[0]["masks"] = 2
+    overlays = out / "overlays.png"
+    overlays.unlink(missing_ok=True)
+    assert overlays in _figures(workspace, runs, pd.concat([*others, results]))
+    assert overlays.is_file()
+    overlays.unlink()
+    assert overlays not in _figures(workspace, runs.assign(repeat=7), results)
+
+
+def test_a_fault_in_a_figure_costs_no_table(
+    crashed: tuple[Path, set[str], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = crashed
+    tables = [out / name for name in ("summary.md", "results.csv", "runs.csv")]
+    for table in tables:
+        table.unlink()
+    monkeypatch.setattr("gasnet_nnunet.study_report._figures", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(opened(out))
+    assert all(table.is_file() for table in tables)
 
 
 def test_time_left_of_an_arm_of_equal_time_is_that_of_the_other(crashed: tuple[Path, set[str], set[str]]) -> None:
@@ -623,7 +675,8 @@ def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> No
     assert labelled | set(fold["diseased"]) == {*run_of(workspace, "rounds").deal.diseased, *fold["val"]}
     assert (out / "arms_masks1.png").is_file()
     assert (out / "overlays.png").is_file()
-    # A study that goes on from that model, by one command.
+    # A study that goes on from that model, by one command, planning and all.
+    (folders / "preprocessed" / DATASET / "dataset_fingerprint.json").unlink()
     (checkpoint,) = out.rglob("GASNetTrainer__gasnet__3d_fullres/fold_*/checkpoint_final.pth")
     onward = {"plans": "Second", "plan": {"init_from": str(checkpoint)}, "settings": SHORT}
     arms = {"finetuned": {}, "from-scratch": {"settings": {"init_from": None}}}

@@ -200,6 +200,14 @@ def test_groups_of_a_file(tmp_path: Path) -> None:
         read_groups(cases, Groups(file=tmp_path / "a.json"), {})
 
 
+def test_patients_of_images_ts_are_known_and_not_learnt_from() -> None:
+    cases = Cohort({**cohort().cases, "twin": Case("twin", Kind.HEALTHY, 0, 0.0, patient="p")})
+    groups = read_groups(cases, None, {"new_0": "p", "new_1": "p"})
+    assert groups == {"twin": "p", "new_0": "p", "new_1": "p"}
+    (deal,) = make_deals(study(repeats=1), cases, groups, images_ts={"new_0", "new_1"})
+    assert "twin" not in deal.healthy
+
+
 def test_a_file_may_not_take_a_patient_apart(tmp_path: Path) -> None:
     cases = Cohort({name: Case(name, Kind.HEALTHY, 0, 0.0) for name in ("a", "b")})
     (tmp_path / "g.json").write_text(json.dumps({"a": "x", "b": "y"}))

@@ -59,7 +59,8 @@ def compare(
         typer.Option(metavar="COLUMN", help="Subsets: a column of the manifest, or a detail in dataset.json."),
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option(help="CSV or XLSX file with a column 'case' (or 'image') and those of --by.")
+        Path | None,
+        typer.Option(help="CSV or XLSX file with a column 'case' (or 'image'), those of --by, and perhaps 'patient'."),
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Tolerance of the surface Dice in mm.")] = 3.0,
     device: Annotated[
@@ -80,15 +81,24 @@ def compare(
         raise UserError(f"--device is '{device}', but nnU-Net knows {', '.join(DEVICES)}.")
     if dataset is None and (trainers or plans or configurations):
         raise UserError("-tr, -p and -c choose among the models of a dataset: name it with -d.")
-    if manifest is not None and not by:
-        raise UserError("--manifest needs --by COLUMN, which of its columns divides the cases.")
     named = [_named(text) for text in model or ()]
     console = Console(highlight=False, soft_wrap=True)
     with console.status("Loading nnU-Net"):
         from gasnet_nnunet.comparison import compare_models
-        from gasnet_nnunet.comparison_inputs import find_cases, find_model, find_models, read_groups
+        from gasnet_nnunet.comparison_inputs import (
+            find_cases,
+            find_model,
+            find_models,
+            manifest_patients,
+            read_groups,
+        )
         from gasnet_nnunet.raw_dataset import dataset_folders, read_json
 
+    if manifest is not None and not by and not manifest_patients(manifest):
+        raise UserError(
+            f"{manifest} says of no case whom it shows (column 'patient'), so --manifest needs --by COLUMN: which of "
+            "its columns divides the cases."
+        )
     folder = None
     if dataset is not None:
         folder = dataset_folders(dataset)
@@ -111,7 +121,7 @@ def compare(
         )
     if masks is None:
         raise UserError("Name the folder of true masks with --masks.")
-    cases = find_cases(models, masks, images=images, lungs=lungs, needs_images=not validation)
+    cases = find_cases(models, masks, images=images, lungs=lungs, needs_images=not validation, manifest=manifest)
     details = [item.dataset_json for item in models if "gasnet" in item.dataset_json]
     if folder is not None and (folder.raw / "dataset.json").is_file():
         details.insert(0, read_json(folder.raw / "dataset.json"))
