@@ -332,6 +332,13 @@ def test_every_documented_ablation_trains_its_terms_alone(row: str, make: Make) 
     assert {name for name in STEP_COLUMNS if not math.isnan(report[name])} == wanted
 
 
+def test_what_is_near_the_lungs_is_told_in_mm(make: Make) -> None:
+    trainer = make(outside_margin_mm=12.0)
+    spacing = trainer.configuration_manager.spacing
+    assert trainer._outside_margin() == [round(12.0 / mm) for mm in spacing]
+    assert make(weight_outside=0.0)._outside_margin() is None
+
+
 @pytest.mark.parametrize(
     ("weights", "generator", "discriminator"),
     [
