@@ -22,8 +22,23 @@ from gasnet_nnunet.errors import UserError
 PLANS_KEY = "gasnet"
 """Where the settings stand inside a configuration of the plans."""
 
-NOT_YET = {"pseudo_contrast": 0.0, "lesion_threshold": 0.5}
-"""How something was trained whose settings lack one of these: they hold all that there were."""
+NOT_YET = {
+    "discriminator_gain": 1.0,
+    "cpu_bfloat16": False,
+    "weight_outside": 0.0,
+    "outside_margin_mm": 20.0,  # of no effect without L_out
+    "weight_suspicion": 0.0,
+    "pseudo_contrast": 0.0,
+    "pasted_share": 0.0,
+    "paste_strength": (1.0, 1.0),
+    "averaged_iterations": 1,
+    "lesion_threshold": 0.5,
+    "init_from": None,
+}
+"""How something was trained whose settings lack one of these: they hold all that there were.
+
+Every setting that came after the first trainings stands here, because its default may change.
+"""
 
 Weight = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
