@@ -56,7 +56,8 @@ class GASNetSettings:
         num_epochs: Epochs of the training.
         iterations_per_epoch: S+G updates in an epoch.
         validation_iterations_per_epoch: Validation batches in an epoch, as in nnU-Net.
-        seed: Seed of the weights and of the patches drawn; `None` leaves both to chance.
+        seed: Seed of the first weights and, with `nnUNet_n_proc_DA=0` alone, of the patches: nnU-Net's workers draw by
+            chance, whatever the seed. `None` leaves both to chance.
         save_every_minutes: `checkpoint_latest.pth` is written at the end of the first epoch that ends this many
             minutes after the last save (and every 50 epochs, as in nnU-Net).
         gallery_every_epochs: How often the gallery of I_d, M^, I_g, I_s, I_ps and M_ps is drawn; 0 for never.
