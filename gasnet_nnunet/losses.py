@@ -77,22 +77,16 @@ def mil_loss(logits: Tensor, *, regions: bool, bag: bool) -> Tensor:
     return functional.softplus(-(z.max() if bag else z.amax(1))).mean()
 
 
-def outside_loss(logits: Tensor, lungs: Tensor, margin: Sequence[int], *, regions: bool) -> Tensor:
+def outside_loss(logits: Tensor, near: Tensor, *, regions: bool) -> Tensor:
     """L_out: cross-entropy of a diseased volume's prediction against zero, far from its lungs.
 
     Args:
         logits: (B, K, Z, Y, X)
-        lungs: Lung mask, (B, 1, Z, Y, X), 0 or 1.
-        margin: Voxels in (Z, Y, X) around the lungs where it says nothing.
+        near: Lungs and what is near them, where it says nothing, (B, 1, Z, Y, X), 0 or 1.
         regions: Whether the channels are regions.
 
     Shape: -> scalar, the mean over all voxels with those near the lungs counted as 0
     """
-    near = lungs
-    for axis, voxels in enumerate(margin):
-        # One axis after the other: the box of a margin of some voxels holds thousands of them.
-        window = [2 * voxels + 1 if other == axis else 1 for other in range(3)]
-        near = functional.max_pool3d(near, window, stride=1, padding=[n // 2 for n in window])
     return (functional.softplus(lesion_logit(logits, regions=regions)) * (1 - near)).mean()
 
 

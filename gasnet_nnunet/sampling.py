@@ -127,6 +127,30 @@ class VolumeReader:
         """
         return read_patch(self.masks.open(case), start, size)[None]
 
+    def near(self, case: str, start: Sequence[int], size: Sequence[int], margin: Sequence[int]) -> Tensor:
+        """A patch of the lung mask grown by a margin, by lungs that lie just outside of the patch too.
+
+        Args:
+            case: Name of the case.
+            start: First voxel in (Z, Y, X).
+            size: Size in (Z, Y, X).
+            margin: Voxels by which the mask grows to both sides, (Z, Y, X).
+
+        Shape: -> (1, *size) float32, 0 or 1
+        """
+        first = [s - m for s, m in zip(start, margin, strict=True)]
+        wider = [n + 2 * m for n, m in zip(size, margin, strict=True)]
+        near = read_patch(self.masks.open(case), first, wider) > 0
+        for axis, voxels in enumerate(margin):
+            # One axis after the other in steps that double: the box of a margin of some voxels holds thousands of them.
+            window, reach = 2 * voxels + 1, 1
+            while reach < window:
+                step = min(reach, window - reach)
+                length = near.shape[axis] - step
+                near = near.narrow(axis, 0, length) | near.narrow(axis, step, length)
+                reach += step
+        return near[None].float()
+
 
 class PairTransform:
     """nnU-Net's training augmentation for a pair: one spatial transform for both, an intensity transform for each.
@@ -151,20 +175,30 @@ class PairTransform:
         ]
         self.low = low
 
-    def __call__(self, images: list[Tensor], masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def __call__(
+        self, images: list[Tensor], masks: list[Tensor], zone: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Augment images (offset by `low`, as `VolumeReader.image` gives them) and their masks.
 
+        Args:
+            images: (C, *size) each.
+            masks: (1, *size) each, label values.
+            zone: One more mask, (1, *size), 0 or 1, which need not be exact to the voxel.
+
         Returns:
-            The images, nnU-Net-normalised, and the masks (label values; 0 where nnU-Net pads).
+            The images, nnU-Net-normalised, and the masks, `zone` last (label values; 0 where nnU-Net pads).
         """
-        channels = images[0].shape[0]
-        data: dict[str, Any] = {"image": torch.cat(images), "segmentation": torch.cat(masks).to(torch.int16)}
+        # Not among the masks, which take nnU-Net longer, as it resamples them label by label.
+        carried = images if zone is None else [*images, zone]
+        data: dict[str, Any] = {"image": torch.cat(carried), "segmentation": torch.cat(masks).to(torch.int16)}
         for transform in self.geometry:
             data = transform(**data)
-        moved = [image + self.low for image in data["image"].split(channels)]
+        parts = data["image"].split([len(part) for part in carried])
+        moved = [image + self.low for image in parts[: len(images)]]
         for transform in self.intensity:
             moved = [transform(image=image)["image"] for image in moved]
-        return moved, list(data["segmentation"].clamp(min=0).float().split(1))
+        zones = [(part > 0.5).float() for part in parts[len(images) :]]
+        return moved, [*data["segmentation"].clamp(min=0).float().split(1), *zones]
 
 
 class PairLoader(SlimDataLoaderBase):
@@ -184,9 +218,10 @@ class PairLoader(SlimDataLoaderBase):
         bag: Whether a batch is a bag.
         jitter: Largest random shift of a pair, in shares of the patch size.
         with_diseased_mask: Also give the lung mask of I_d.
+        margin: Also give what is near the lungs of I_d, up to so many voxels in (Z, Y, X) beside them; `None` for no.
 
     A batch holds "diseased" and "healthy" (B, C, Z, Y, X), nnU-Net-normalised; "lungs" (B, 1, Z, Y, X), the healthy
-    volume's mask; "lungs_diseased" where asked for; and "keys", pairs of case names.
+    volume's mask; "lungs_diseased" and "near_diseased" where asked for; and "keys", pairs of case names.
     """
 
     def __init__(
@@ -202,6 +237,7 @@ class PairLoader(SlimDataLoaderBase):
         bag: bool,
         jitter: float,
         with_diseased_mask: bool,
+        margin: Sequence[int] | None,
     ) -> None:
         super().__init__(reader, batch_size)
         self.diseased = list(diseased)
@@ -212,7 +248,9 @@ class PairLoader(SlimDataLoaderBase):
         self.bag = bag
         self.jitter = jitter
         self.with_diseased_mask = with_diseased_mask
-        self.names = ["diseased", "healthy", "lungs", *(["lungs_diseased"] if with_diseased_mask else [])]
+        self.margin = margin
+        self.names = ["diseased", "healthy", "lungs"]
+        self.names += ["lungs_diseased"] * with_diseased_mask + ["near_diseased"] * (margin is not None)
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Draw a batch."""
@@ -249,7 +287,9 @@ class PairLoader(SlimDataLoaderBase):
         masks = [reader.mask(case_h, start_h, self.read_size)]
         if self.with_diseased_mask:
             masks.append(reader.mask(case_d, start_d, self.read_size))
-        moved, masks = self.transform(images, masks)
+        # Grown before the augmentation, which leaves nothing beside the patch to grow from.
+        near = None if self.margin is None else reader.near(case_d, start_d, self.read_size, self.margin)
+        moved, masks = self.transform(images, masks, near)
         return (*moved, *masks)
 
 
@@ -268,7 +308,7 @@ class PastedLoader(PairLoader):
     """
 
     def __init__(self, *args: Any, strength: tuple[float, float], lesions: Sequence[int], **options: Any) -> None:
-        super().__init__(*args, bag=False, with_diseased_mask=False, **options)
+        super().__init__(*args, bag=False, with_diseased_mask=False, margin=None, **options)
         self.names = ["diseased", "healthy", "lungs", "labels"]
         self.strength = strength
         self.lesions = torch.tensor(list(lesions), dtype=torch.float32)

@@ -22,8 +22,23 @@ from gasnet_nnunet.errors import UserError
 PLANS_KEY = "gasnet"
 """Where the settings stand inside a configuration of the plans."""
 
-NOT_YET = {"pseudo_contrast": 0.0, "lesion_threshold": 0.5}
-"""How something was trained whose settings lack one of these: they hold all that there were."""
+NOT_YET = {
+    "discriminator_gain": 1.0,
+    "cpu_bfloat16": False,
+    "weight_outside": 0.0,
+    "outside_margin_mm": 20.0,  # of no effect without L_out
+    "weight_suspicion": 0.0,
+    "pseudo_contrast": 0.0,
+    "pasted_share": 0.0,
+    "paste_strength": (1.0, 1.0),
+    "averaged_iterations": 1,
+    "lesion_threshold": 0.5,
+    "init_from": None,
+}
+"""How something was trained whose settings lack one of these: they hold all that there were.
+
+Every setting that came after the first trainings stands here, because its default may change.
+"""
 
 Weight = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -41,7 +56,8 @@ class GASNetSettings:
         num_epochs: Epochs of the training.
         iterations_per_epoch: S+G updates in an epoch.
         validation_iterations_per_epoch: Validation batches in an epoch, as in nnU-Net.
-        seed: Seed of the weights and of the patches drawn; `None` leaves both to chance.
+        seed: Seed of the first weights and, with `nnUNet_n_proc_DA=0` alone, of the patches: nnU-Net's workers draw by
+            chance, whatever the seed. `None` leaves both to chance.
         save_every_minutes: `checkpoint_latest.pth` is written at the end of the first epoch that ends this many
             minutes after the last save (and every 50 epochs, as in nnU-Net).
         gallery_every_epochs: How often the gallery of I_d, M^, I_g, I_s, I_ps and M_ps is drawn; 0 for never.

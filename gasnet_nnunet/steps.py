@@ -170,8 +170,7 @@ class GASNetStep:
                     loss = losses.mil_loss(logits, regions=self.task.regions, bag=settings.patches == "bag")
                     report["L_MIL"] = settings.weight_mil * loss
                 if settings.weight_outside:
-                    margin = [round(settings.outside_margin_mm / mm) for mm in self.task.spacing]
-                    loss = losses.outside_loss(logits, pair["lungs_diseased"], margin, regions=self.task.regions)
+                    loss = losses.outside_loss(logits, pair["near_diseased"], regions=self.task.regions)
                     report["L_out"] = settings.weight_outside * loss
                 if settings.weight_suspicion:
                     loss = losses.suspicion_loss(logits, pair["lungs_diseased"], regions=self.task.regions)

@@ -353,6 +353,7 @@ class GASNetTrainer(nnUNetTrainer):
                     batch_size=settings.bag_size if bag else settings.volumes_per_step or self.batch_size,
                     bag=bag,
                     with_diseased_mask=self._needs_diseased_lungs(),
+                    margin=self._outside_margin(),
                     **options,
                 )
                 self._pairs = self._start_stream(pairs, get_allowed_n_proc_DA())
@@ -409,12 +410,13 @@ class GASNetTrainer(nnUNetTrainer):
 
     def _needs_diseased_lungs(self) -> bool:
         settings = self.settings
-        return bool(
-            settings.restore_within_organ
-            or settings.weight_outside
-            or settings.weight_suspicion
-            or settings.compares_contrast
-        )
+        return bool(settings.restore_within_organ or settings.weight_suspicion or settings.compares_contrast)
+
+    def _outside_margin(self) -> list[int] | None:
+        """Voxels around the lungs where L_out says nothing; `None` where it is off."""
+        if not self.settings.weight_outside:
+            return None
+        return [round(self.settings.outside_margin_mm / mm) for mm in self.configuration_manager.spacing]
 
     def _diseased_cases(self) -> tuple[str, ...]:
         """Cases to draw I_d from."""

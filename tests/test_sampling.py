@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from scipy import ndimage
 from torch import Tensor
 
 from gasnet_nnunet.lungs import Box
@@ -95,6 +96,7 @@ def loader(
     diseased: tuple[str, ...] = ("d0", "d1"),
     healthy: tuple[str, ...] = ("h0", "h1"),
     with_diseased_mask: bool = True,
+    margin: tuple[int, int, int] | None = None,
 ) -> PairLoader:
     return PairLoader(
         reader,
@@ -107,6 +109,7 @@ def loader(
         bag=bag,
         jitter=jitter,
         with_diseased_mask=with_diseased_mask,
+        margin=margin,
     )
 
 
@@ -236,6 +239,20 @@ def test_images_are_padded_with_the_lower_end_of_each_channels_window(reader: Vo
     assert int(mask.sum()) == 2 * 2 * 2
 
 
+@given(
+    start=st.tuples(*[st.integers(-12, 40)] * 3),
+    size=st.tuples(*[st.integers(1, 12)] * 3),
+    margin=st.tuples(*[st.integers(0, 7)] * 3),
+)
+def test_lungs_beside_a_patch_are_near_it(
+    reader: VolumeReader, start: tuple[int, ...], size: tuple[int, ...], margin: tuple[int, ...]
+) -> None:
+    far = 60
+    grown = ndimage.maximum_filter(np.pad(reader.masks.load("d0"), far), [2 * m + 1 for m in margin])
+    expected = grown[tuple(slice(far + s, far + s + n) for s, n in zip(start, size, strict=True))]
+    np.testing.assert_array_equal(reader.near("d0", start, size, margin)[0], expected)
+
+
 # Augmentation --------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +296,26 @@ def test_a_pair_and_its_masks_move_together(dummy_2d: bool) -> None:
         crop = first if crop is None else crop
         moved += not torch.equal(first, crop)
     assert moved > 20
+
+
+@pytest.mark.parametrize("dummy_2d", [False, True])
+def test_a_zone_moves_with_the_images(dummy_2d: bool) -> None:
+    patch_size, read_size = (8, 16, 16), (8 if dummy_2d else 12, 24, 24)
+    low = torch.tensor([-1.5, -2.5])[:, None, None, None]
+    pair = PairTransform(nnunets(patch_size, dummy_2d=dummy_2d), low)
+    zone = torch.zeros(1, *read_size)
+    zone[:, 2:6, 9:17, 5:13] = 1.0
+    seed(0)
+    for _ in range(40):
+        images, masks = pair([torch.rand(2, *read_size), torch.rand(2, *read_size)], [zone, 1 - zone], zone)
+        assert [image.shape for image in images] == [(2, *patch_size)] * 2
+        assert [mask.shape for mask in masks] == [(1, *patch_size)] * 3
+        assert set(masks[2].unique().tolist()) <= {0.0, 1.0}
+        # nnU-Net resamples masks and images each in its own way; where they differ is a border of less than a voxel.
+        mask, found = masks[0][0].numpy(), masks[2][0].numpy()
+        assert (ndimage.minimum_filter(mask, 3) <= found).all()
+        assert (found <= ndimage.maximum_filter(mask, 3)).all()
+        assert (found != mask).mean() < 0.02
 
 
 def test_what_rotation_brings_in_is_the_lower_end_of_the_window() -> None:
@@ -409,7 +446,25 @@ def test_one_patient_of_each_kind_is_enough(reader: VolumeReader) -> None:
     stream = loader(reader, (8, 8, 8), diseased=("d1",), healthy=("h0",), batch_size=3, with_diseased_mask=False)
     batch = stream.generate_train_batch()
     assert batch["keys"] == [("d1", "h0")] * 3
-    assert "lungs_diseased" not in batch
+    assert not {"lungs_diseased", "near_diseased"} & set(batch)
+
+
+def test_a_batch_tells_what_is_near_the_diseased_lungs(reader: VolumeReader) -> None:
+    seed(13)
+    margin = (2, 3, 4)
+    stream = loader(reader, (6, 8, 8), jitter=2.0, margin=margin)
+    beside = 0
+    for _ in range(10):
+        batch = stream.generate_train_batch()
+        near, start = batch["near_diseased"], boxes_of(batch["keys"])[0]
+        # A voxel's value is its place, by which it is known how far from the lung box it lies.
+        place = batch["diseased"] - start
+        reach = torch.tensor(margin)[:, None, None, None]
+        expected = ((place >= -reach) & (place < torch.tensor(BOX_SIZE)[:, None, None, None] + reach)).all(1, True)
+        inside = (batch["diseased"] != reader.low).all(1, keepdim=True)
+        assert torch.equal(near[inside] > 0, expected[inside])
+        beside += int((near.amax((1, 2, 3, 4)) > batch["lungs_diseased"].amax((1, 2, 3, 4))).sum())
+    assert beside > 0  # patches without lungs that are near some
 
 
 def test_both_pools_are_treated_alike(reader: VolumeReader) -> None:
@@ -425,11 +480,12 @@ def test_seeds_repeat_a_batch_with_nnunets_augmentation(reader: VolumeReader) ->
 
     def batch(number: int) -> dict[str, Any]:
         seed(number)
-        return next(loader(reader, patch_size, read_size=(11, 18, 18), transforms=nnunets(patch_size), jitter=0.05))
+        options: dict[str, Any] = {"transforms": nnunets(patch_size), "jitter": 0.05, "margin": (1, 2, 2)}
+        return next(loader(reader, patch_size, read_size=(11, 18, 18), **options))
 
     first, again, other = batch(8), batch(8), batch(9)
     assert first["keys"] == again["keys"]
-    for name in ("diseased", "healthy", "lungs", "lungs_diseased"):
+    for name in ("diseased", "healthy", "lungs", "lungs_diseased", "near_diseased"):
         assert first[name].isfinite().all()
         assert torch.equal(first[name], again[name])
     assert not torch.equal(first["diseased"], other["diseased"])

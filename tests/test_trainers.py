@@ -33,7 +33,7 @@ from gasnet_nnunet.decision import HEADS_KEY, called_lesion, weights_in_training
 from gasnet_nnunet.losses import lesion_logit
 from gasnet_nnunet.phantom import Phantom
 from gasnet_nnunet.selection import BestEpoch
-from gasnet_nnunet.settings import GASNetSettings, parse_assignments
+from gasnet_nnunet.settings import NOT_YET, GASNetSettings, parse_assignments
 from gasnet_nnunet.steps import STEP_COLUMNS
 from gasnet_nnunet.trainers import CHECKPOINT_KEY, GASNetTrainer, SupervisedBaselineTrainer
 
@@ -330,6 +330,13 @@ def test_every_documented_ablation_trains_its_terms_alone(row: str, make: Make) 
     report = run_epoch(trainer)[-1]
     wanted = ON.union(*(ADDED[name] for name in list(rows)[1 : list(rows).index(row) + 1]))
     assert {name for name in STEP_COLUMNS if not math.isnan(report[name])} == wanted
+
+
+def test_what_is_near_the_lungs_is_told_in_mm(make: Make) -> None:
+    trainer = make(outside_margin_mm=12.0)
+    spacing = trainer.configuration_manager.spacing
+    assert trainer._outside_margin() == [round(12.0 / mm) for mm in spacing]
+    assert make(weight_outside=0.0)._outside_margin() is None
 
 
 @pytest.mark.parametrize(
@@ -835,8 +842,8 @@ def test_settings_of_the_checkpoint_win_and_differences_are_logged(resume: Make)
 def test_a_checkpoint_goes_on_without_what_came_after_it(resume: Make, finished: Finished, tmp_path: Path) -> None:
     checkpoint = finished.checkpoint("final")
     entry = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["gasnet"]
-    assert entry.pop("pseudo_contrast") > 0
-    assert entry.pop("lesion_threshold") > 0.5
+    later = ("weight_outside", "pseudo_contrast", "pasted_share", "lesion_threshold")
+    assert all(entry.pop(name) > NOT_YET[name] for name in later)
     checkpoint["network_weights"] = weights_in_training(checkpoint)
     del checkpoint[HEADS_KEY]
     older = tmp_path / "older.pth"
@@ -844,7 +851,7 @@ def test_a_checkpoint_goes_on_without_what_came_after_it(resume: Make, finished:
     trainer = resume()
     trainer.was_initialized = False
     trainer.load_checkpoint(str(older))
-    assert (trainer.settings.pseudo_contrast, trainer.settings.lesion_threshold) == (0, 0.5)
+    assert all(getattr(trainer.settings, name) == NOT_YET[name] for name in later)
     assert_same(trainer._prediction_weights(), dict(checkpoint["network_weights"]))
 
 
