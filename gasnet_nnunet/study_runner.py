@@ -386,13 +386,14 @@ class Runner:
     Args:
         workspace: The study.
         device: nnU-Net's `-device`.
+        started: When the session began, by `time.monotonic`: before the study was prepared, whose time is part of it.
         watcher: Hears each line that a command says, and what goes on.
     """
 
-    def __init__(self, workspace: Workspace, device: str, watcher: Watcher | None = None) -> None:
+    def __init__(self, workspace: Workspace, device: str, *, started: float, watcher: Watcher | None = None) -> None:
         self.workspace, self.device = workspace, device
         self.watcher = watcher or (lambda line: None)
-        self.clock = Clock()
+        self.clock = Clock(started=started)
 
     def run(self, run: Run) -> str:
         """Do what is missing of a run, and score it.
@@ -481,7 +482,7 @@ class Runner:
         scores_of(self.workspace, run, steps, record)
 
     def note_time(self) -> None:
-        """Note where the time of this session went; `study_report` adds the sessions up."""
+        """Note where the time since the last note went; `study_report` adds the sessions up."""
         made = self.workspace.preparation_seconds
         spent = {
             "training": self.clock.training,

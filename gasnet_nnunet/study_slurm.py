@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,9 @@ def run_job(out: Path, names: Sequence[str], environment: Mapping[str, str]) -> 
     # submitit ignores SIGTERM, and so would worker processes: a pool that ends them by it would wait for ever.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environment)
+    started = time.monotonic()
     workspace, device = prepare(load_study(str(out / "study.yaml")), out, Console(quiet=True))
-    runner = Runner(workspace, device)
+    runner = Runner(workspace, device, started=started)
     states = [runner.run(run) for run in workspace.runs if run.name in names]
     runner.note_time()
     return states

@@ -359,12 +359,31 @@ def test_a_fault_in_a_run_leaves_the_others(
 
     monkeypatch.setattr("gasnet_nnunet.study_runner.is_done", fail)
     try:
-        assert Runner(workspace, "cpu").run(run) == "failed"
+        assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "failed"
         reason = record_of(workspace, run).content["reason"]
         assert reason.startswith("RuntimeError: sitk::ERROR: a broken file; where: ")
         assert "Traceback" in Path(reason.split("where: ")[1]).read_text(encoding="utf-8")
     finally:
         record_of(workspace, run).path.write_bytes(before)
+
+
+def test_all_time_is_noted_once(crashed: tuple[Path, set[str], set[str]], tmp_path: Path) -> None:
+    workspace = opened(crashed[0])
+    workspace.out = tmp_path
+    workspace.preparation_seconds = 30.0
+    runner = Runner(workspace, "cpu", started=time.monotonic() - 100)
+    runner.clock.add("train", 40)
+    runner.clock.add("predict", 10)
+    for _ in range(2):
+        runner.note_time()
+    first, second = json.loads((tmp_path / "time.json").read_text(encoding="utf-8"))["sessions"]
+    assert (first["training"], first["prediction"], first["data and plans"]) == (40, 10, 30)
+    assert sum(first.values()) == pytest.approx(100, abs=1)
+    assert sum(second.values()) == pytest.approx(0, abs=1)
+    # The command, too: what it prepares is not taken from what the study does itself.
+    (session,) = json.loads((crashed[0] / "time.json").read_text(encoding="utf-8"))["sessions"][:1]
+    assert session["training"] > 0
+    assert all(seconds >= 0 for seconds in session.values())
 
 
 def test_time_left_of_a_training_that_goes_on(crashed: tuple[Path, set[str], set[str]]) -> None:

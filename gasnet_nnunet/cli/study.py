@@ -106,8 +106,7 @@ def study(
             console.print(escape(line))
         console.print(f"Once they have ended: [bold]{escape(_again(workspace))} --report[/]")
         return
-    runner = Runner(workspace, chosen_device)
-    runner.clock.started = started
+    runner = Runner(workspace, chosen_device, started=started)
     # As Ctrl-C, so that no command goes on alone.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
