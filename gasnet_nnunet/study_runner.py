@@ -42,11 +42,18 @@ VANILLA_UPDATES = 250
 """Updates of an epoch of nnU-Net's own trainers."""
 FEW_CORES = 4
 """With so many, nnU-Net's prediction is quicker without worker processes, each of which imports torch."""
+TERMINATED = 143
+CUT_OFF = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+"""Signals by which a cluster or a user ends what has done nothing wrong."""
 Watcher = Callable[[str], None]
 
 
 class RunError(Exception):
     """A command of a run ended with a status other than 0; the message is what the tables show."""
+
+
+class CutOffError(Exception):
+    """A command was ended from outside; the same command again goes on with its run."""
 
 
 class WaitingError(Exception):
@@ -399,7 +406,8 @@ class Runner:
         """Do what is missing of a run, and score it.
 
         Returns:
-            "done", or "failed" where a command of it crashed; the record says why.
+            "done", "failed" where a command of it crashed, or "unfinished" where one was ended from outside; the record
+            says why.
         """
         record = record_of(self.workspace, run)
         record.path.parent.mkdir(parents=True, exist_ok=True)
@@ -422,6 +430,9 @@ class Runner:
         except (RunError, UserError) as problem:
             record.note(state="failed", reason=str(problem))
             return "failed"
+        except CutOffError as problem:
+            record.note(state="unfinished", reason=str(problem))
+            return "unfinished"
         except WaitingError as problem:
             record.note(state="waiting", reason=str(problem))
             return "waiting"
@@ -503,6 +514,7 @@ class Runner:
 
         Raises:
             RunError: It ended with a status other than 0.
+            CutOffError: Somebody ended it.
         """
         start = time.monotonic()
         last: deque[str] = deque(maxlen=LAST_LINES)
@@ -538,8 +550,21 @@ class Runner:
         if process.returncode != 0:
             status = f"status {process.returncode}"
             if process.returncode < 0:
-                status = f"signal {-process.returncode} ({signal.Signals(-process.returncode).name})"
+                name = signal.Signals(-process.returncode).name
+                status = f"signal {-process.returncode} ({name})"
+                if name in CUT_OFF:
+                    raise CutOffError(f"{command[0]} was ended by {status}; log: {log}")
             raise RunError(f"{command[0]} ended with {status}; log: {log}; last lines:\n" + "\n".join(last))
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does, so that no command goes on alone."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
