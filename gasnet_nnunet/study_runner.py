@@ -560,7 +560,15 @@ class Runner:
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends this process as Ctrl-C does, so that no command goes on alone."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    this = os.getpid()
+
+    def end(*_: Any) -> None:
+        if os.getpid() != this:
+            # A worker that nnU-Net has forked: an exception in its first moments is lost, and its pool waits for ever.
+            os._exit(TERMINATED)
+        sys.exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

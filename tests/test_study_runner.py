@@ -797,18 +797,19 @@ def test_a_command_that_is_ended_from_outside_leaves_its_run_unfinished(
     assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "failed"
 
 
-def test_a_job_whose_time_is_up_for_good_leaves_its_run_unfinished(
-    folders: Path, tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("sent", "status"), [("USR2", "timed-out too many times"), ("TERM", "143")])
+def test_a_job_that_is_cut_off_for_good_leaves_its_run_unfinished(
+    folders: Path, tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, sent: str, status: str
 ) -> None:
     def give_up(*_: Any) -> None:
         raise UncompletedJobError("Job not requeued because: timed-out too many times.")
 
     workspace, run = one_run(tmp_path / "out")
-    program = slurm.write("train", "kill -USR2 $PPID; sleep 60")
+    program = slurm.write("train", f"kill -{sent} $PPID; sleep 60")
     monkeypatch.setattr("gasnet_nnunet.study_runner.find_script", lambda _: str(program))
     before = signal.signal(signal.SIGUSR2, give_up)
     try:
-        with pytest.raises(SystemExit, match="timed-out too many times"):
+        with pytest.raises(SystemExit, match=status):
             RunsJob(workspace.out, (run.name,), {})()
     finally:
         signal.signal(signal.SIGUSR2, before)
