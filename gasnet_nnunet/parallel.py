@@ -50,9 +50,11 @@ def run_jobs(
     )
     if description is None or not jobs:
         return list(results)
+    from rich.console import Console
     from rich.progress import track
 
-    return list(track(results, description, total=len(jobs)))
+    # Beside what a command says, which may go into a file.
+    return list(track(results, description, total=len(jobs), console=Console(stderr=True)))
 
 
 def _results(

@@ -138,10 +138,12 @@ class Slurm(_Part):
     Args:
         job: A job for all runs of an arm, or one for each run.
         options: Passed on to `update_parameters`, e.g. `slurm_partition`, `gpus_per_node`, `timeout_min`, `mem_gb`.
+        prepare: Over the options, for the job that plans and preprocesses, which needs no GPU.
     """
 
     job: Literal["arm", "run"] = "arm"
     options: dict[str, Any] = Field(default_factory=dict)
+    prepare: dict[str, Any] = Field(default_factory=dict)
 
 
 class Study(_Part):

@@ -20,7 +20,7 @@ from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS, find_dataset, read_json
 from gasnet_nnunet.study import Phantoms, Plan, Study
 from gasnet_nnunet.study_runner import find_script
-from gasnet_nnunet.study_workspace import STUDY, Workspace, check_folder, open_workspace
+from gasnet_nnunet.study_workspace import STUDY, UnpreparedError, Workspace, check_folder, open_workspace
 
 PHANTOM_DATASET = 902
 PHANTOM_NAME = "GASNetStudy"
@@ -43,7 +43,8 @@ def prepare(study: Study, out: Path, console: Console, *, make: bool = True) -> 
         The study's workspace, and nnU-Net's `-device`.
 
     Raises:
-        UserError: What the user has to mend first, or what is missing if nothing may be made.
+        UserError: What the user has to mend first.
+        UnpreparedError: What is missing if nothing may be made.
     """
     if study.phantoms is None:
         find_dataset(str(study.dataset))
@@ -64,7 +65,7 @@ def prepare(study: Study, out: Path, console: Console, *, make: bool = True) -> 
     if plan is not None and (unfinished.is_file() or not (dataset.preprocessed / f"{study.plans}.json").is_file()):
         command = _plan_command(study, plan, dataset.number)
         if not make:
-            raise UserError(
+            raise UnpreparedError(
                 f"{dataset.name} has no finished plans {study.plans}, which the arms start from. Make them first:\n"
                 f"  {shlex.join(command)}"
             )
@@ -94,7 +95,7 @@ def _make_phantoms(phantoms: Phantoms, out: Path, console: Console, *, make: boo
             raise UserError(f"{out} holds a study of other phantom patients. Name a new folder with --out.")
         return
     if not make:
-        raise UserError(
+        raise UnpreparedError(
             f"The phantom patients of this study have not been drawn into {out} yet, and its runs depend on them. "
             "The study without --commands or --report draws them first."
         )

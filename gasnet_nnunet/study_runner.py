@@ -43,11 +43,18 @@ VANILLA_UPDATES = 250
 """Updates of an epoch of nnU-Net's own trainers."""
 FEW_CORES = 4
 """With so many, nnU-Net's prediction is quicker without worker processes, each of which imports torch."""
+TERMINATED = 143
+CUT_OFF = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+"""Signals by which a cluster or a user ends what has done nothing wrong."""
 Watcher = Callable[[str], None]
 
 
 class RunError(Exception):
     """A command of a run ended with a status other than 0; the message is what the tables show."""
+
+
+class CutOffError(Exception):
+    """A command was ended from outside; the same command again goes on with its run."""
 
 
 class WaitingError(Exception):
@@ -394,19 +401,21 @@ class Runner:
     Args:
         workspace: The study.
         device: nnU-Net's `-device`.
+        started: When the session began, by `time.monotonic`: before the study was prepared, whose time is part of it.
         watcher: Hears each line that a command says, and what goes on.
     """
 
-    def __init__(self, workspace: Workspace, device: str, watcher: Watcher | None = None) -> None:
+    def __init__(self, workspace: Workspace, device: str, *, started: float, watcher: Watcher | None = None) -> None:
         self.workspace, self.device = workspace, device
         self.watcher = watcher or (lambda line: None)
-        self.clock = Clock()
+        self.clock = Clock(started=started)
 
     def run(self, run: Run) -> str:
         """Do what is missing of a run, and score it.
 
         Returns:
-            "done", or "failed" where a command of it crashed; the record says why.
+            "done", "failed" where a command of it crashed, or "unfinished" where one was ended from outside; the record
+            says why.
         """
         record = record_of(self.workspace, run)
         record.path.parent.mkdir(parents=True, exist_ok=True)
@@ -429,6 +438,9 @@ class Runner:
         except (RunError, UserError) as problem:
             record.note(state="failed", reason=str(problem))
             return "failed"
+        except CutOffError as problem:
+            record.note(state="unfinished", reason=str(problem))
+            return "unfinished"
         except WaitingError as problem:
             record.note(state="waiting", reason=str(problem))
             return "waiting"
@@ -489,7 +501,7 @@ class Runner:
         scores_of(self.workspace, run, steps, record)
 
     def note_time(self) -> None:
-        """Note where the time of this session went; `study_report` adds the sessions up."""
+        """Note where the time since the last note went; `study_report` adds the sessions up."""
         made = self.workspace.preparation_seconds
         spent = {
             "training": self.clock.training,
@@ -510,6 +522,7 @@ class Runner:
 
         Raises:
             RunError: It ended with a status other than 0.
+            CutOffError: Somebody ended it.
         """
         start = time.monotonic()
         last: deque[str] = deque(maxlen=LAST_LINES)
@@ -545,8 +558,29 @@ class Runner:
         if process.returncode != 0:
             status = f"status {process.returncode}"
             if process.returncode < 0:
-                status = f"signal {-process.returncode} ({signal.Signals(-process.returncode).name})"
+                name = signal.Signals(-process.returncode).name
+                status = f"signal {-process.returncode} ({name})"
+                if name in CUT_OFF:
+                    raise CutOffError(f"{command[0]} was ended by {status}; log: {log}")
             raise RunError(f"{command[0]} ended with {status}; log: {log}; last lines:\n" + "\n".join(last))
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does, so that no command goes on alone."""
+    this = os.getpid()
+
+    def end(*_: Any) -> None:
+        if os.getpid() != this:
+            # A worker that nnU-Net has forked: an exception in its first moments is lost, and its pool waits for ever.
+            os._exit(TERMINATED)
+        sys.exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -57,6 +57,10 @@ FORMAT = 2
 """Part of every fingerprint: raise it when what a run does changes although its settings do not."""
 
 
+class UnpreparedError(UserError):
+    """Something is missing that the study makes itself, which takes a while."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One model: an arm, trained on the cases of a deal.
@@ -129,6 +133,8 @@ class Workspace:
         self._file_sizes: dict[str, dict[str, int]] = {}
         self._test_sets: dict[str, TestSet] = {}
         self.preparation_seconds = 0.0
+        self.may_find_lungs = True
+        """Whether this machine, which may be the login node of a cluster, computes what `test_set` needs."""
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -147,14 +153,6 @@ class Workspace:
             "nnUNet_raw": str(self.dataset.raw.parent),
             "nnUNet_preprocessed": str(self.preprocessed.parent),
             "nnUNet_results": str(self.results.parent),
-        }
-
-    def environment_of_user(self) -> dict[str, str]:
-        """nnU-Net's folders as they were when the study was opened."""
-        return {
-            "nnUNet_raw": str(self.dataset.raw.parent),
-            "nnUNet_preprocessed": str(self.base.parent),
-            "nnUNet_results": os.environ["nnUNet_results"],
         }
 
     def write(self) -> None:
@@ -262,6 +260,7 @@ class Workspace:
 
         Raises:
             UserError: A mask or a scan is missing or broken.
+            UnpreparedError: Lungs are not found yet, and not to be found here.
         """
         name = _digest(list(deal.test))[:10]
         if name not in self._test_sets:
@@ -404,6 +403,8 @@ class Workspace:
     def _find_lungs(self, folder: Path, cases: Sequence[str]) -> None:
         """Compute lung masks of test cases."""
         if cases:
+            if not self.may_find_lungs:
+                raise UnpreparedError(f"The lungs of {len(cases)} test cases have not been found yet.")
             (folder / "lungs").mkdir(exist_ok=True)
             jobs = [(self._images(case)[0], folder / "lungs" / f"{case}{self.ending}", self._organ()) for case in cases]
             results = run_jobs(_write_lungs, jobs, num_processes=cores(), description="Lungs of the test cases")

@@ -47,4 +47,6 @@ def test_error_of_a_job_reaches_the_caller(starting: float, monkeypatch: pytest.
 
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     run_jobs(time.sleep, [0.0] * 3, num_processes=1, description="Sleeping")
-    assert "Sleeping" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "Sleeping" in said.err
+    assert not said.out

@@ -12,21 +12,22 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import SimpleITK as sitk
-import submitit
 import tiny_dataset
 import torch
 from rich.console import Console
 from scipy.ndimage import binary_erosion
+from submitit.core.utils import UncompletedJobError
+from submitit.helpers import DelayedSubmission
 
 from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.cohort import read_cohort
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS
 from gasnet_nnunet.splits import read_fold
 from gasnet_nnunet.study import Study, load_study
 from gasnet_nnunet.study_prepare import prepare
@@ -42,7 +43,7 @@ from gasnet_nnunet.study_runner import (
     state_of,
     steps_of,
 )
-from gasnet_nnunet.study_slurm import submit
+from gasnet_nnunet.study_slurm import Cluster, RunsJob
 from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
 
 DATASET = "Dataset501_Tiny"
@@ -242,14 +243,21 @@ def test_commands_are_printed_and_not_run(
     assert "--only broken/masks1_repeat0_fold0" in said
 
 
-def test_printed_commands_work_in_a_new_shell(
-    crashed: tuple[Path, set[str], set[str]], capsys: pytest.CaptureFixture[str], folders: Path
+@pytest.mark.skipif(os.name == "nt", reason="what is printed is for a POSIX shell")
+def test_printed_commands_are_a_script_that_makes_the_runs(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, _, _ = crashed
-    command(str(out / "study.yaml"), out=out, device="cpu", commands=True)
-    said = capsys.readouterr().out
-    for name in ("raw", "preprocessed", "results"):
-        assert f"export nnUNet_{name}={folders / name}" in said
+    out, script = tmp_path / "out", tmp_path / "study.sh"
+    name = write_study(tmp_path / "files", arms={"supervised": ARMS["supervised"]})
+    command(name, out=out, device="cpu", commands=True)
+    script.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert not (out / "runs").exists()
+    # A new shell, which knows no more than the script says.
+    environment = {name: value for name, value in os.environ.items() if name not in NNUNET_FOLDERS}
+    environment["PATH"] = os.pathsep.join([str(Path(find_script("gasnet-nnunet")).parent), environment["PATH"]])
+    ended = subprocess.run(["bash", "-e", script], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert list(pd.read_csv(out / "runs.csv")["state"]) == ["done"]
 
 
 def test_nothing_is_made_to_print_or_report(folders: Path, tmp_path: Path) -> None:
@@ -408,12 +416,31 @@ def test_a_fault_in_a_run_leaves_the_others(
 
     monkeypatch.setattr("gasnet_nnunet.study_runner.is_done", fail)
     try:
-        assert Runner(workspace, "cpu").run(run) == "failed"
+        assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "failed"
         reason = record_of(workspace, run).content["reason"]
         assert reason.startswith("RuntimeError: sitk::ERROR: a broken file; where: ")
         assert "Traceback" in Path(reason.split("where: ")[1]).read_text(encoding="utf-8")
     finally:
         record_of(workspace, run).path.write_bytes(before)
+
+
+def test_all_time_is_noted_once(crashed: tuple[Path, set[str], set[str]], tmp_path: Path) -> None:
+    workspace = opened(crashed[0])
+    workspace.out = tmp_path
+    workspace.preparation_seconds = 30.0
+    runner = Runner(workspace, "cpu", started=time.monotonic() - 100)
+    runner.clock.add("train", 40)
+    runner.clock.add("predict", 10)
+    for _ in range(2):
+        runner.note_time()
+    first, second = json.loads((tmp_path / "time.json").read_text(encoding="utf-8"))["sessions"]
+    assert (first["training"], first["prediction"], first["data and plans"]) == (40, 10, 30)
+    assert sum(first.values()) == pytest.approx(100, abs=1)
+    assert sum(second.values()) == pytest.approx(0, abs=1)
+    # The command, too: what it prepares is not taken from what the study does itself.
+    (session,) = json.loads((crashed[0] / "time.json").read_text(encoding="utf-8"))["sessions"][:1]
+    assert session["training"] > 0
+    assert all(seconds >= 0 for seconds in session.values())
 
 
 def test_time_left_of_a_training_that_goes_on(crashed: tuple[Path, set[str], set[str]]) -> None:
@@ -729,51 +756,210 @@ def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None
     assert " --c" in (out / "logs" / "gasnet" / run.deal.name / "train.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_jobs_of_a_cluster(folders: Path) -> None:
-    out = folders / "cluster"
-    load_study(write_study(folders / "files4", arms={"supervised": ARMS["supervised"]}, device="cpu"))
-    out.mkdir()
-    (out / "study.yaml").write_text(Path(folders / "files4" / "study.yaml").read_text(encoding="utf-8"))
-    workspace = opened(out)
-    assert len(submit(workspace, workspace.runs, cluster="local")) == 1
-    end = time.monotonic() + 300
-    while state_of(workspace, workspace.runs[0]) != "done" and time.monotonic() < end:
-        time.sleep(1)
-    assert state_of(workspace, workspace.runs[0]) == "done"
+class Slurm:
+    """SLURM's commands, which the machines of the tests do not have: jobs are noted, and run when a test says so.
+
+    Args:
+        folder: For the commands and the jobs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.jobs, self.commands, self.queue = folder / "jobs", folder / "bin", folder / "queue"
+        self.requeued, self.pid = folder / "requeued", folder / "pid"
+        for made in (self.jobs, self.commands):
+            made.mkdir(parents=True)
+        self.queue.touch()
+        for name, text in {
+            "sbatch": f"""
+                number=$((101 + $(ls {self.jobs} | wc -l)))
+                cp "$1" {self.jobs}/$number
+                echo $number >> {self.queue}
+                echo "Submitted batch job $number"
+            """,
+            # Without --unbuffered --output FILE --error FILE.
+            "srun": f"echo $$ > {self.pid}; exec ${{@:6}}",
+            "squeue": f"cat {self.queue}",
+            "scontrol": f"echo $@ >> {self.requeued}",
+        }.items():
+            self.write(name, text)
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a command of a few lines."""
+        path = self.commands / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+        return path
+
+    def script(self, job: str) -> str:
+        """What sbatch was given."""
+        return (self.jobs / job).read_text()
+
+    def end(self, job: str) -> None:
+        """Take a job out of the queue."""
+        self.queue.write_text("".join(f"{other}\n" for other in self.queue.read_text().split() if other != job))
+
+    def start(self, job: str) -> subprocess.Popen[bytes]:
+        """Run a job as a node would."""
+        return subprocess.Popen(["bash", self.jobs / job], env={**os.environ, "SLURM_JOB_ID": job})
 
 
-def test_a_job_waits_for_the_job_whose_model_it_goes_on_from(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[dict[str, Any]] = []
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    if os.name == "nt":
+        pytest.skip("SLURM is POSIX")
+    made = Slurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", str(made.commands), prepend=os.pathsep)
+    return made
 
-    class Executor:
-        """In place of SLURM, which the machines of the tests do not have: notes what it is asked for."""
 
-        def __init__(self, **_: Any) -> None:
-            pass
+def one_run(out: Path, **changes: Any) -> tuple[Workspace, Run]:
+    """A study of one run, on the CPU wherever it is made."""
+    changes = {"arms": {"supervised": ARMS["supervised"]}, "device": "cpu", **changes}
+    workspace = open_workspace(load_study(write_study(out, **changes)), out)
+    return workspace, workspace.runs[0]
 
-        def update_parameters(self, **options: Any) -> None:
-            asked.append(options)
 
-        def submit(self, *_: Any) -> SimpleNamespace:
-            return SimpleNamespace(job_id=100 + len(asked))
-
-    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
-    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", lambda: 1)
+def test_what_is_queued_is_not_submitted_again(folders: Path, tmp_path: Path, slurm: Slurm) -> None:
+    out = tmp_path / "out"
     arms = {"finetuned": {"init_from": "gasnet"}, "gasnet": {}, "supervised": ARMS["supervised"]}
-    options = {"job": "arm", "options": {"slurm_additional_parameters": {"account": "ward"}}}
-    workspace = open_workspace(load_study(write_study(tmp_path / "out", arms=arms, slurm=options)), tmp_path / "out")
-    lines = submit(workspace, workspace.runs)
-    jobs = {job["name"]: job for job in asked}
-    number = next(line.split(":")[0] for line in lines if "gasnet/" in line)
-    assert jobs["finetuned"]["slurm_additional_parameters"] == {
-        "account": "ward",
-        "dependency": f"afterany:{number}",
-    }
-    assert "dependency" not in jobs["gasnet"]["slurm_additional_parameters"]
-    assert all(job["gpus_per_node"] == 1 for job in jobs.values())
+    options = {"options": {"slurm_additional_parameters": {"account": "ward"}}}
+    workspace = open_workspace(load_study(write_study(out, arms=arms, slurm=options)), out)
+    cluster = Cluster(workspace.study, out)
+    job_of = {}
+    for line in cluster.submit(workspace, workspace.runs):
+        job, name = line.split(": ")
+        job_of[name.split("/")[0]] = job
+    assert set(job_of) == set(arms)
+    for arm, job in job_of.items():
+        words = slurm.script(job).split()
+        assert {"--account=ward", "--gpus-per-node=1", "--requeue"} <= set(words)
+        assert (f"--dependency=afterany:{job_of['gasnet']}" in words) == (arm == "finetuned")
+    again = cluster.submit(workspace, workspace.runs)
+    assert len(again) == 3
+    assert all("still queued or running, so left out: " in line for line in again)
+    slurm.end(job_of["finetuned"])
+    only = [run for run in workspace.runs if run.arm != "supervised"]
+    left, submitted = cluster.submit(workspace, only)
+    assert left == f"{job_of['gasnet']}: still queued or running, so left out: gasnet/masks1_repeat0_fold0"
+    assert submitted == "104: finetuned/masks1_repeat0_fold0"
+    assert f"--dependency=afterany:{job_of['gasnet']}" in slurm.script("104")
+    slurm.write("squeue", "echo Unable to contact slurm controller >&2; exit 1")
+    with pytest.raises(UserError, match=r"squeue ended with status 1.*Unable to contact"):
+        cluster.submit(workspace, only)
+
+
+def test_slurm_that_is_not_there_or_refuses_is_told(folders: Path, tmp_path: Path, slurm: Slurm) -> None:
+    workspace, run = one_run(tmp_path / "out")
+    slurm.write("sbatch", "echo Invalid partition >&2; exit 1")
+    with pytest.raises(UserError, match=r"does not take the job 'supervised': .*Invalid partition"):
+        Cluster(workspace.study, workspace.out).submit(workspace, [run])
+    workspace, run = one_run(tmp_path / "out", slurm={"options": {"timeout_min": "a day"}})
+    with pytest.raises(UserError, match=r"slurm\.options of the study cannot be used: .*timeout_min"):
+        Cluster(workspace.study, workspace.out).submit(workspace, [run])
+    (slurm.commands / "sbatch").unlink()
+    with pytest.raises(UserError, match=r"sbatch cannot be found here\. Run this on a login node"):
+        Cluster(workspace.study, workspace.out)
+
+
+def test_a_login_node_neither_plans_nor_finds_lungs(
+    folders: Path,
+    tmp_path: Path,
+    slurm: Slurm,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    planned: list[str] = []
+    plans = folders / "preprocessed" / DATASET / "Mine.json"
+
+    def plan(words: Sequence[str], *_: Any) -> None:
+        planned.append(words[1])
+        plans.write_text((plans.parent / "GASNetPlans.json").read_text(encoding="utf-8"))
+
+    def submit() -> str:
+        command(name, out=out, slurm=True)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr("gasnet_nnunet.study_prepare._run", plan)
+    out = tmp_path / "out"
+    entries = {"arms": {"supervised": ARMS["supervised"]}, "plans": "Mine", "plan": {"preset": "small"}}
+    options = {"options": {"cpus_per_task": 4, "mem_gb": 20}, "prepare": {"cpus_per_task": 2}}
+    name = write_study(tmp_path / "files", slurm=options, **entries)
+    try:
+        assert "101: prepares the study.\nOnce it has ended, the same command again" in submit()
+        assert {"--cpus-per-task=2", "--mem=20GB"} <= set(slurm.script("101").split())
+        assert "gpus" not in slurm.script("101")
+        assert "101: prepares the study, and is still queued or running." in submit()
+        slurm.end("101")
+        said = submit()
+        assert f"101: has ended, and something is still missing; see {out / 'slurm' / '101_0_log.err'}" in said
+        assert "102: prepares the study." in said
+        assert not planned
+        # In this process, where no plans are really made.
+        DelayedSubmission.load(out / "slurm" / "102_submitted.pkl").result()
+        slurm.end("102")
+        assert planned == ["plan"]
+        assert list(out.glob("test/*/lungs/*"))
+        assert "103: supervised/masks1_repeat0_fold0\n" in submit()
+        shutil.rmtree(out / "test")
+        assert "104: prepares the study." in submit()
+        assert not list(out.glob("test/*/lungs/*"))
+    finally:
+        plans.unlink(missing_ok=True)
+
+
+def test_a_command_that_is_ended_from_outside_leaves_its_run_unfinished(
+    folders: Path, tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, run = one_run(tmp_path / "out")
+    program = slurm.write("train", "kill -USR2 $$")
+    monkeypatch.setattr("gasnet_nnunet.study_runner.find_script", lambda _: str(program))
+    assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "unfinished"
+    assert state_of(workspace, run) == "unfinished"
+    assert "nnUNetv2_train was ended by signal" in record_of(workspace, run).content["reason"]
+    slurm.write("train", "exit 3")
+    assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "failed"
+
+
+@pytest.mark.parametrize(("sent", "status"), [("USR2", "timed-out too many times"), ("TERM", "143")])
+def test_a_job_that_is_cut_off_for_good_leaves_its_run_unfinished(
+    folders: Path, tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, sent: str, status: str
+) -> None:
+    def give_up(*_: Any) -> None:
+        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+    workspace, run = one_run(tmp_path / "out")
+    program = slurm.write("train", f"kill -{sent} $PPID; sleep 60")
+    monkeypatch.setattr("gasnet_nnunet.study_runner.find_script", lambda _: str(program))
+    before = signal.signal(signal.SIGUSR2, give_up)
+    try:
+        with pytest.raises(SystemExit, match=status):
+            RunsJob(workspace.out, (run.name,), {})()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert state_of(workspace, run) == "unfinished"
+    (session,) = json.loads((workspace.out / "time.json").read_text(encoding="utf-8"))["sessions"]
+    assert session["training"] > 0
+    assert all(seconds >= 0 for seconds in session.values())
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(folders: Path, tmp_path: Path, slurm: Slurm) -> None:
+    arms = {"gasnet": {"settings": {"num_epochs": 3, "save_every_minutes": 0.0001}}}
+    workspace, run = one_run(tmp_path / "out", arms=arms)
+    cluster = Cluster(workspace.study, workspace.out)
+    assert cluster.submit(workspace, workspace.runs) == [f"101: {run.name}"]
+    job = slurm.start("101")
+    end = time.monotonic() + 600
+    while not list(workspace.out.rglob("checkpoint_latest.pth")) and time.monotonic() < end:
+        time.sleep(0.3)
+    os.kill(int(slurm.pid.read_text()), signal.SIGUSR2)
+    job.wait(60)
+    assert slurm.requeued.read_text().split() == ["requeue", "101"]
+    assert state_of(workspace, run) == "unfinished"
+    assert slurm.start("101").wait(600) == 0
+    slurm.end("101")
+    assert cluster.submit(workspace, workspace.runs) == ["Everything is done already."]
+    assert record_of(workspace, run).content["steps"]["train"]["attempts"] == 2
 
 
 @pytest.mark.slow

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from gasnet_nnunet.study_workspace import Run, Workspace
 
 LISTED = 5
-TERMINATED = 143
 
 
 def study(
@@ -71,17 +68,31 @@ def study(
         raise UserError(f"{folder} holds no study that could be reported on. Name its folder with --out.")
     with console.status("Loading nnU-Net"):
         from gasnet_nnunet.study_prepare import prepare
+        from gasnet_nnunet.study_slurm import Cluster
+        from gasnet_nnunet.study_workspace import UnpreparedError, keep_study
 
     started = time.monotonic()
-    workspace, chosen_device = prepare(loaded, folder, console, make=not (commands or report))
-    runs = _chosen(workspace, only or [])
+    cluster = Cluster(loaded, folder) if slurm else None
+    try:
+        workspace, chosen_device = prepare(loaded, folder, console, make=not (commands or report or slurm))
+        workspace.may_find_lungs = not slurm
+        runs = _chosen(workspace, only or [])
+        plan = _plan(workspace, runs, "SLURM" if slurm else chosen_device)
+    except UnpreparedError:
+        if cluster is None:
+            raise
+        for line in cluster.submit_preparation():
+            console.print(escape(line))
+        console.print("Once it has ended, the same command again submits the runs.")
+        return
     if report:
         _end(workspace, console)
         return
-    console.print(_plan(workspace, runs, "SLURM" if slurm else chosen_device))
+    # What is printed with --commands is a script.
+    comment = "# " if commands else ""
+    console.print(comment + plan.replace("\n", f"\n{comment}"))
     from gasnet_nnunet.cohort import abbreviate
-    from gasnet_nnunet.study_runner import Runner, needs_redo, state_of
-    from gasnet_nnunet.study_workspace import keep_study
+    from gasnet_nnunet.study_runner import Runner, ended_by_sigterm, needs_redo, state_of
 
     changed = [run.name for run in runs if needs_redo(workspace, run, chosen_device)]
     if changed and not (redo or commands):
@@ -94,26 +105,22 @@ def study(
     earlier = keep_study(folder, loaded)
     if earlier is not None:
         console.print(
-            f"[yellow]Note:[/] {escape(str(folder))} held another study file; it is kept as {escape(str(earlier))}."
+            f"{comment}[yellow]Note:[/] {escape(str(folder))} held another study file; it is kept as "
+            f"{escape(str(earlier))}."
         )
     if commands:
         _print_commands(workspace, runs, chosen_device, console)
         return
-    if slurm:
-        from gasnet_nnunet.study_slurm import submit
-
-        for line in submit(workspace, runs):
+    if cluster is not None:
+        for line in cluster.submit(workspace, runs):
             console.print(escape(line))
         console.print(f"Once they have ended: [bold]{escape(_again(workspace))} --report[/]")
         return
-    runner = Runner(workspace, chosen_device)
-    runner.clock.started = started
-    # As Ctrl-C, so that no command goes on alone.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    runner = Runner(workspace, chosen_device, started=started)
     try:
-        _run(runner, runs, console)
+        with ended_by_sigterm():
+            _run(runner, runs, console)
     finally:
-        signal.signal(signal.SIGTERM, before)
         runner.note_time()
     unscored = _end(workspace, console)
     left = [run.name for run in runs if run.name in unscored or state_of(workspace, run, chosen_device) != "done"]
