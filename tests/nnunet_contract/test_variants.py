@@ -120,10 +120,9 @@ def test_two_lesion_classes_come_out(kind: str, tmp_path: Path) -> None:
         folder = "imagesTr" if name in cases else "imagesTs"
         ct, _ = two_sorts(name)
         tiny_dataset.write_image(ct, workspace.raw / folder / f"{name}_0000.nii.gz")
-    # The terms that know of classes: G and D see any lesion alike.
-    off = dict.fromkeys(("weight_adversarial", "weight_generated", "weight_reconstruction", "healthy_outside"), 0.0)
-    settings = {"patches": "volume", "num_epochs": 4, "iterations_per_epoch": 75, "pseudo_start": 0.6, **off}
-    settings |= {"optimizer_s": "adam", "learning_rate_s": 0.01}
+    # A step as large as Adam allows, on the masked case most of all: what else is on has to leave the classes apart.
+    settings = {"patches": "volume", "num_epochs": 3, "iterations_per_epoch": 60, "pseudo_start": 0.6}
+    settings |= {"optimizer_s": "adam", "learning_rate_s": 0.01, "healthy_outside": 0.0}
     plans = tiny_dataset.plans(DATASET, settings={**tiny_dataset.SETTINGS, **settings})
     architecture = copy.deepcopy(tiny_dataset.ARCHITECTURE)
     architecture["arch_kwargs"]["features_per_stage"] = [8, 16, 32]
@@ -141,4 +140,4 @@ def test_two_lesion_classes_come_out(kind: str, tmp_path: Path) -> None:
         dice = 2 * matches[value, value] / (matches[value].sum() + matches[:, value].sum())
         assert dice > 0.3, f"class {value} has Dice {dice:.2f}; truth down, prediction across:\n{matches}"
     curves = pd.read_csv(workspace.results / DATASET / MODEL / "fold_0" / "gasnet_progress.csv")
-    assert np.isfinite(curves["L_ps"].to_numpy()[-1])
+    assert np.isfinite(curves[["L_ps", "L_adv", "L_IgToD", "L_recons", "L_D_restored"]].to_numpy()[-1]).all()
