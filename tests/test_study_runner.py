@@ -243,6 +243,7 @@ def test_commands_are_printed_and_not_run(
     assert "--only broken/masks1_repeat0_fold0" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="what is printed is for a POSIX shell")
 def test_printed_commands_are_a_script_that_makes_the_runs(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
