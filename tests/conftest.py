@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import hypothesis
-import pytest
-import tiny_dataset
+# A process a core (pyproject.toml): with threads of their own they take turns, and the default run half as long again.
+# Before anything imports torch, which reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import tiny_dataset  # noqa: E402
 
 # A first call warms caches of torch, and machines are shared: a slow example is no failure.
 hypothesis.settings.register_profile("shared machine", deadline=None)
