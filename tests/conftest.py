@@ -9,9 +9,9 @@ from pathlib import Path
 # Before anything imports torch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import tiny_dataset  # noqa: E402
+import hypothesis
+import pytest
+import tiny_dataset
 
 # A first call warms caches of torch, and machines are shared: a slow example is no failure.
 hypothesis.settings.register_profile("shared machine", deadline=None)
