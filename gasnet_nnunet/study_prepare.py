@@ -30,7 +30,9 @@ MOST_PROCESSES = 8
 LAST_LINES = 12
 
 
-def prepare(study: Study, out: Path, console: Console, *, make: bool = True) -> tuple[Workspace, str]:
+def prepare(
+    study: Study, out: Path, console: Console, *, make: bool = True, find_lungs: bool = True
+) -> tuple[Workspace, str]:
     """Make what is missing, check the study against its dataset and write its folder.
 
     Args:
@@ -38,6 +40,7 @@ def prepare(study: Study, out: Path, console: Console, *, make: bool = True) -> 
         out: Its folder.
         console: Where to tell what is made.
         make: Whether to draw phantom patients and plan, if that has not been done.
+        find_lungs: As of `Workspace`.
 
     Returns:
         The study's workspace, and nnU-Net's `-device`.
@@ -74,7 +77,7 @@ def prepare(study: Study, out: Path, console: Console, *, make: bool = True) -> 
         _run(command, out, "plan", console)
         unfinished.unlink()
     made = time.monotonic() - start
-    workspace = open_workspace(study, out)
+    workspace = open_workspace(study, out, find_lungs=find_lungs)
     workspace.preparation_seconds = made
     return workspace, study.device or _device()
 

@@ -110,13 +110,14 @@ class Workspace:
         study: The study.
         out: Its folder.
         dataset: Its dataset in nnUNet_raw, preprocessed with the plans that the arms start from.
+        find_lungs: Whether `test_set` computes lungs that are missing, which the login node of a cluster should not.
 
     Raises:
         UserError: Plans or preprocessed data are missing, or the dataset has not what the study asks for.
     """
 
-    def __init__(self, study: Study, out: Path, dataset: Dataset) -> None:
-        self.study, self.out, self.dataset = study, out, dataset
+    def __init__(self, study: Study, out: Path, dataset: Dataset, *, find_lungs: bool = True) -> None:
+        self.study, self.out, self.dataset, self.find_lungs = study, out, dataset, find_lungs
         self.base = dataset.preprocessed
         self.preprocessed = out / "nnUNet_preprocessed" / dataset.name
         self.results = out / "nnUNet_results" / dataset.name
@@ -133,8 +134,6 @@ class Workspace:
         self._file_sizes: dict[str, dict[str, int]] = {}
         self._test_sets: dict[str, TestSet] = {}
         self.preparation_seconds = 0.0
-        self.may_find_lungs = True
-        """Whether this machine, which may be the login node of a cluster, computes what `test_set` needs."""
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -403,7 +402,7 @@ class Workspace:
     def _find_lungs(self, folder: Path, cases: Sequence[str]) -> None:
         """Compute lung masks of test cases."""
         if cases:
-            if not self.may_find_lungs:
+            if not self.find_lungs:
                 raise UnpreparedError(f"The lungs of {len(cases)} test cases have not been found yet.")
             (folder / "lungs").mkdir(exist_ok=True)
             jobs = [(self._images(case)[0], folder / "lungs" / f"{case}{self.ending}", self._organ()) for case in cases]
@@ -455,18 +454,19 @@ def fingerprint(*parts: Any) -> str:
     return _digest([FORMAT, *parts])[:20]
 
 
-def open_workspace(study: Study, out: Path) -> Workspace:
+def open_workspace(study: Study, out: Path, *, find_lungs: bool = True) -> Workspace:
     """Check a study against its dataset and write its folder, but for `study.yaml`.
 
     Args:
         study: The study.
         out: Its folder.
+        find_lungs: As of `Workspace`.
 
     Raises:
         UserError: The dataset is not there or has not what the study asks for, or the folder holds something else.
     """
     check_folder(out)
-    workspace = Workspace(study, out, find_dataset(str(study.dataset)))
+    workspace = Workspace(study, out, find_dataset(str(study.dataset)), find_lungs=find_lungs)
     workspace.write()
     return workspace
 

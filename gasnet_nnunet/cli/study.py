@@ -74,8 +74,8 @@ def study(
     started = time.monotonic()
     cluster = Cluster(loaded, folder) if slurm else None
     try:
-        workspace, chosen_device = prepare(loaded, folder, console, make=not (commands or report or slurm))
-        workspace.may_find_lungs = not slurm
+        make = not (commands or report or slurm)
+        workspace, chosen_device = prepare(loaded, folder, console, make=make, find_lungs=not slurm)
         runs = _chosen(workspace, only or [])
         plan = _plan(workspace, runs, "SLURM" if slurm else chosen_device)
     except UnpreparedError:
