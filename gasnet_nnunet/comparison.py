@@ -20,6 +20,7 @@ import pandas as pd
 from rich.markup import escape
 
 from gasnet_nnunet.cohort import abbreviate
+from gasnet_nnunet.comparison_figures import plot_case, plot_comparison
 from gasnet_nnunet.comparison_inputs import CaseFiles, Model
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import (
@@ -30,8 +31,6 @@ from gasnet_nnunet.evaluation import (
     independent_units,
     markdown_table,
     paired_differences,
-    plot_case,
-    plot_comparison,
     summarise,
     to_markdown,
 )

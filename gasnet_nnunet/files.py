@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gasnet_nnunet.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,3 +63,12 @@ def written_whole(*outputs: Path) -> Iterator[list[Path]]:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file as `write_text` does."""
     write_text(path, json.dumps(content, indent=4) + "\n")
+
+
+def write_figure(path: Path, figure: Figure, *, dpi: int = 120) -> None:
+    """Draw a figure as PNG, under its name when it is whole."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with written_whole(path) as (temporary,):
+        # Packing harder takes longer than drawing.
+        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=dpi, pil_kwargs={"compress_level": 3})

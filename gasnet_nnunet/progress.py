@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING
 import matplotlib.style
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
+
+from gasnet_nnunet.files import write_figure, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,12 +89,10 @@ class TrainingCurves:
         """Draw every known column into `gasnet_progress.png`; columns that hold no number are left out."""
         # nnU-Net calls seaborn.set(), so the look is set here instead of being what happens to be configured.
         with matplotlib.style.context("default"):
-            _save(draw_curves(self.read()), self.figure_file, dpi=90)
+            write_figure(self.figure_file, draw_curves(self.read()), dpi=90)
 
     def _write(self, rows: pd.DataFrame) -> None:
-        temporary = self.csv_file.with_name(f".{self.csv_file.name}.tmp")
-        rows.to_csv(temporary, index=False)
-        os.replace(temporary, self.csv_file)
+        write_text(self.csv_file, rows.to_csv(index=False))
 
 
 def draw_curves(rows: pd.DataFrame) -> Figure:
@@ -179,7 +177,7 @@ def save_gallery(
         bar = figure.colorbar(heatmaps[0].images[0], ax=grid[:, -1], fraction=0.08, pad=0.04, aspect=18)
         bar.set_label("M^", fontsize=8)
         bar.ax.tick_params(labelsize=7)
-        _save(figure, path, dpi=110)
+        write_figure(path, figure, dpi=110)
 
 
 def slice_with_most(probability: np.ndarray) -> int:
@@ -238,9 +236,3 @@ def _draw(
         axis.legend(fontsize=9, loc="best", framealpha=0.8)
     else:
         axis.text(0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color="0.5")
-
-
-def _save(figure: Figure, path: Path, *, dpi: int) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=dpi)
-    os.replace(temporary, path)

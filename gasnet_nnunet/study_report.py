@@ -18,10 +18,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from gasnet_nnunet.comparison_figures import MODEL_COLOURS, plot_comparison, plot_overlays
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import (
     METRICS,
-    MODEL_COLOURS,
     PAPER_METRICS,
     Metric,
     class_metrics,
@@ -29,13 +29,10 @@ from gasnet_nnunet.evaluation import (
     independent_units,
     judged,
     paired_differences,
-    plot_comparison,
-    plot_overlays,
-    save_figure,
     to_markdown,
     to_rich,
 )
-from gasnet_nnunet.files import write_text
+from gasnet_nnunet.files import write_figure, write_text
 from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.study_runner import SESSIONS, record_of, scores_of, state_of, steps_of
 from gasnet_nnunet.study_splits import Deal
@@ -354,4 +351,4 @@ def _plot_over_masks(workspace: Workspace, results: pd.DataFrame, path: Path) ->
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
-        save_figure(figure, path)
+        write_figure(path, figure)

@@ -7,6 +7,7 @@ import SimpleITK as sitk
 from matplotlib.image import imread
 from rich.console import Console
 
+from gasnet_nnunet.comparison_figures import plot_case, plot_comparison, plot_overlays
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import (
     METRICS,
@@ -17,9 +18,6 @@ from gasnet_nnunet.evaluation import (
     evaluate_folder,
     markdown_table,
     paired_differences,
-    plot_case,
-    plot_comparison,
-    plot_overlays,
     rich_table,
     shown_metrics,
     summarise,

@@ -330,12 +330,11 @@ def compare(out: Path, console: Console) -> None:
     """Score both models on the unseen patients, print the table and draw the figures."""
     import pandas as pd
 
+    from gasnet_nnunet.comparison_figures import plot_comparison, plot_overlays
     from gasnet_nnunet.evaluation import (
         PAPER_METRICS,
         evaluate_folder,
         markdown_table,
-        plot_comparison,
-        plot_overlays,
         rich_table,
     )
 
