@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # A process a core (pyproject.toml): with threads of their own they take turns, and the default run half as long again.
@@ -12,13 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import tiny_dataset
+import tiny_study
 
 # A first call warms caches of torch, and machines are shared: a slow example is no failure.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
 LONGEST = (
-    *("test_study_runner.py", "test_trainers.py", "test_packaging.py", "test_planning.py"),
+    *("test_study_runner.py", "test_trainers.py", "test_study_slurm.py", "test_packaging.py", "test_planning.py"),
     *("test_variants.py", "test_commands.py", "test_interruptions.py"),
 )
 """Files that take minutes, the longest first."""
@@ -46,3 +48,10 @@ def trained_fold(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     few = {"num_epochs": 2, "iterations_per_epoch": 1, "gallery_every_epochs": 1}
     return tiny_dataset.train(tmp_path_factory.mktemp("trained"), GASNetTrainer, **few)
+
+
+@pytest.fixture(scope="module")
+def study_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """nnU-Net's folders, set, with a preprocessed dataset of tiny patients to run studies on."""
+    with tiny_study.study_folders(tmp_path_factory.mktemp("study")) as root:
+        yield root

@@ -9,7 +9,7 @@ import pytest
 from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.settings import load_preset
-from gasnet_nnunet.study import load_study, segmenter_names, study_names, trainer_names
+from gasnet_nnunet.study_file import load_study, segmenter_names, study_names, trainer_names
 
 ADDED = {
     *("weight_outside", "pseudo_contrast", "pseudo_start"),

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,100 +21,32 @@ import tiny_dataset
 import torch
 from rich.console import Console
 from scipy.ndimage import binary_erosion
-from submitit.core.utils import UncompletedJobError
-from submitit.helpers import DelayedSubmission
+from tiny_study import ARMS, DATASET, SHORT, listing, opened, run_of, write_study
 
 from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.cohort import read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS
 from gasnet_nnunet.splits import read_fold
-from gasnet_nnunet.study import Study, load_study
+from gasnet_nnunet.study import Study
+from gasnet_nnunet.study_file import load_study
 from gasnet_nnunet.study_prepare import prepare
 from gasnet_nnunet.study_progress import Estimate
 from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
 from gasnet_nnunet.study_report import _differences, _figures, _results, _runs, write_report
-from gasnet_nnunet.study_runner import (
-    Runner,
-    WaitingError,
-    epoch_seconds,
-    find_script,
-    record_of,
-    state_of,
-    steps_of,
-)
-from gasnet_nnunet.study_slurm import Cluster, RunsJob
-from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
-
-DATASET = "Dataset501_Tiny"
-SHIM = str(Path(__file__).parents[1] / "nnunet_ext")
-SHORT = {"num_epochs": 1, "iterations_per_epoch": 1}
-ARMS: dict[str, Any] = {
-    "supervised": {"trainer": "SupervisedBaselineTrainer", "title": "Supervised"},
-    # A window for two channels where there is one: nnU-Net's command ends with status 1.
-    "broken": {"settings": {"window": [[0, 1], [0, 1]]}},
-    "patient": {"like": "supervised", "equal_time_with": "broken"},
-}
+from gasnet_nnunet.study_runner import Runner, find_script
+from gasnet_nnunet.study_steps import WaitingError, epoch_seconds, record_of, state_of, steps_of
+from gasnet_nnunet.study_workspace import Workspace, open_workspace
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """nnU-Net's folders with a preprocessed dataset of tiny patients, set for this process and its children."""
-    root = tmp_path_factory.mktemp("study")
-    # nnU-Net draws its progress.png at 16 million pixels after every epoch.
-    (root / "matplotlibrc").write_text("savefig.dpi: 20\n")
-    variables = {
-        **{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")},
-        "nnUNet_extTrainer": os.environ.get("nnUNet_extTrainer") or SHIM,
-        "nnUNet_n_proc_DA": "0",
-        "nnUNet_def_n_proc": "1",
-        "nnUNet_compile": "f",
-        "OMP_NUM_THREADS": "1",
-        "MATPLOTLIBRC": str(root),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        (root / "results").mkdir()
-        raw = root / "raw" / DATASET
-        tiny_dataset.write_raw(raw, tiny_dataset.names(labelled=3, diseased=1, healthy=4))
-        plans = {
-            **tiny_dataset.plans(DATASET, settings={**tiny_dataset.SETTINGS, **SHORT}),
-            "plans_name": "GASNetPlans",
-        }
-        tiny_dataset.preprocess(raw, root / "preprocessed" / DATASET, plans)
-        yield root
-
-
-def write_study(folder: Path, **changes: Any) -> str:
-    path = folder / "study.yaml"
-    folder.mkdir(exist_ok=True)
-    content = {"dataset": 501, "repeats": 1, "test": 1, "mirroring": False, "arms": ARMS, **changes}
-    path.write_text(json.dumps(content))  # JSON is YAML
-    return str(path)
-
-
-def listing(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def opened(out: Path) -> Workspace:
-    return open_workspace(load_study(str(out / "study.yaml")), out)
-
-
-def run_of(workspace: Workspace, arm: str) -> Run:
-    return next(run for run in workspace.runs if run.arm == arm)
-
-
-@pytest.fixture(scope="module")
-def crashed(folders: Path) -> tuple[Path, set[str], set[str]]:
+def crashed(study_folders: Path) -> tuple[Path, set[str], set[str]]:
     """The folder of a study after its command, one arm of which crashes; the user's files before and after."""
-    before = listing(folders)
+    before = listing(study_folders)
     with pytest.raises(UserError, match="2 of 3 runs are not done"):
-        command(write_study(folders / "files"), out=folders / "out", device="cpu")
-    after = listing(folders)
-    return folders / "out", before, {name for name in after if not name.startswith(("out/", "files/"))}
+        command(write_study(study_folders / "files"), out=study_folders / "out", device="cpu")
+    after = listing(study_folders)
+    return study_folders / "out", before, {name for name in after if not name.startswith(("out/", "files/"))}
 
 
 def test_an_arm_that_crashes_leaves_the_others(crashed: tuple[Path, set[str], set[str]]) -> None:
@@ -246,7 +178,7 @@ def test_commands_are_printed_and_not_run(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="what is printed is for a POSIX shell")
 def test_printed_commands_are_a_script_that_makes_the_runs(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, script = tmp_path / "out", tmp_path / "study.sh"
     name = write_study(tmp_path / "files", arms={"supervised": ARMS["supervised"]})
@@ -261,20 +193,22 @@ def test_printed_commands_are_a_script_that_makes_the_runs(
     assert list(pd.read_csv(out / "runs.csv")["state"]) == ["done"]
 
 
-def test_nothing_is_made_to_print_or_report(folders: Path, tmp_path: Path) -> None:
+def test_nothing_is_made_to_print_or_report(study_folders: Path, tmp_path: Path) -> None:
     name = write_study(tmp_path / "files", plans="Mine", plan={"preset": "small", "patch": [16, 48, 48]})
     with pytest.raises(UserError, match=r"gasnet-nnunet plan -d 501 --name Mine --preset small --patch 16 48 48"):
         command(name, out=tmp_path / "out", device="cpu", commands=True)
-    assert not list((folders / "preprocessed" / DATASET).glob("Mine*"))
+    assert not list((study_folders / "preprocessed" / DATASET).glob("Mine*"))
     with pytest.raises(UserError, match="holds no study that could be reported on"):
         command(name, out=tmp_path / "nowhere", report=True)
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_no_phantom_patients_are_drawn_to_print(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_phantom_patients_are_drawn_to_print(
+    study_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("raw", "preprocessed", "results"):
         # The study sets them to folders of its own.
-        monkeypatch.setenv(f"nnUNet_{name}", str(folders / name))
+        monkeypatch.setenv(f"nnUNet_{name}", str(study_folders / name))
     phantoms = load_study("phantom").dump()
     (tmp_path / "phantom.yaml").write_text(phantoms, encoding="utf-8")
     with pytest.raises(UserError, match="phantom patients of this study have not been drawn"):
@@ -282,7 +216,7 @@ def test_no_phantom_patients_are_drawn_to_print(folders: Path, tmp_path: Path, m
     assert not (tmp_path / "drawn" / "phantoms").exists()
 
 
-def test_a_study_file_is_kept(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_file_is_kept(study_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     path = Path(write_study(out))
     text = "# my own words\n" + path.read_text(encoding="utf-8")
@@ -478,31 +412,31 @@ def test_a_misspelt_run_names_the_close_one(crashed: tuple[Path, set[str], set[s
         command(str(out / "study.yaml"), out=out, only=["supervise"], device="cpu")
 
 
-def test_refuses_a_folder_that_holds_something_else(folders: Path, tmp_path: Path) -> None:
+def test_refuses_a_folder_that_holds_something_else(study_folders: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.doc").touch()
     with pytest.raises(UserError, match="holds no earlier study"):
-        command(write_study(folders / "files"), out=tmp_path, device="cpu")
+        command(write_study(study_folders / "files"), out=tmp_path, device="cpu")
 
 
-def test_refuses_plans_that_are_not_there(folders: Path, tmp_path: Path) -> None:
+def test_refuses_plans_that_are_not_there(study_folders: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gasnet-nnunet plan -d 501 --name Other"):
-        command(write_study(folders / "files", plans="Other"), out=tmp_path / "out", device="cpu")
+        command(write_study(study_folders / "files", plans="Other"), out=tmp_path / "out", device="cpu")
 
 
-def test_refuses_preprocessed_data_that_lack_a_case(folders: Path, tmp_path: Path) -> None:
-    data = folders / "preprocessed" / DATASET / "nnUNetPlans_3d_fullres"
+def test_refuses_preprocessed_data_that_lack_a_case(study_folders: Path, tmp_path: Path) -> None:
+    data = study_folders / "preprocessed" / DATASET / "nnUNetPlans_3d_fullres"
     (data / "healthy_0.pkl").rename(tmp_path / "healthy_0.pkl")
     try:
         with pytest.raises(
             UserError, match=r"lacks 1 of 8 preprocessed cases: healthy_0\. .*nnUNetv2_preprocess -d 501"
         ):
-            command(write_study(folders / "files"), out=tmp_path / "out", device="cpu")
+            command(write_study(study_folders / "files"), out=tmp_path / "out", device="cpu")
     finally:
         (tmp_path / "healthy_0.pkl").rename(data / "healthy_0.pkl")
 
 
 def test_planning_that_was_interrupted_is_done_again(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[bool] = []
     interrupted = True
@@ -514,7 +448,7 @@ def test_planning_that_was_interrupted_is_done_again(
 
     monkeypatch.setattr("gasnet_nnunet.study_prepare._run", plan)
     loaded = load_study(write_study(tmp_path / "files", plans="Mine", plan={"preset": "small"}))
-    plans = folders / "preprocessed" / DATASET / "Mine.json"
+    plans = study_folders / "preprocessed" / DATASET / "Mine.json"
     with pytest.raises(KeyboardInterrupt):
         prepare(loaded, tmp_path / "out", Console(quiet=True))
     plans.write_text((plans.parent / "GASNetPlans.json").read_text(encoding="utf-8"))
@@ -588,7 +522,7 @@ def test_time_left_of_an_arm_of_equal_time_is_that_of_the_other(crashed: tuple[P
     assert Estimate(workspace, [patient]).seconds() == pytest.approx(seconds)
 
 
-def test_refuses_masks_that_do_not_match_before_any_training(folders: Path, tmp_path: Path) -> None:
+def test_refuses_masks_that_do_not_match_before_any_training(study_folders: Path, tmp_path: Path) -> None:
     truth = tmp_path / "truth"
     small = tiny_dataset.patient("diseased_0").lesion[:-1]
     tiny_dataset.write_image(small, truth / "diseased_0.nii.gz")
@@ -601,7 +535,7 @@ def test_refuses_masks_that_do_not_match_before_any_training(folders: Path, tmp_
         command(name, out=tmp_path / "out", device="cpu")
 
 
-def test_predictions_become_masks_but_for_empty_ones(folders: Path, tmp_path: Path) -> None:
+def test_predictions_become_masks_but_for_empty_ones(study_folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arms = {"rounds": {**ARMS["supervised"], "settings": {"num_epochs": 5}, "pseudo_labels": {"rounds": 2}}}
     out.mkdir()
@@ -647,10 +581,12 @@ def test_an_epoch_that_was_run_again_counts_once(tmp_path: Path) -> None:
     assert epoch_seconds(tmp_path) == {0: 10.0, 1: 5.0}
 
 
-def test_nnunets_own_trainer_takes_its_length_from_the_plans(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nnunets_own_trainer_takes_its_length_from_the_plans(
+    study_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gasnet_nnunet.trainers import VanillaTrainer
 
-    plans = json.loads((folders / "preprocessed" / DATASET / "GASNetPlans.json").read_text(encoding="utf-8"))
+    plans = json.loads((study_folders / "preprocessed" / DATASET / "GASNetPlans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["gasnet"].update(num_epochs=7, iterations_per_epoch=3)
     plans["continue_training"] = False
     trainer = VanillaTrainer(plans, "3d_fullres", 0, tiny_dataset.DATASET_JSON, torch.device("cpu"))
@@ -671,7 +607,7 @@ def test_nnunets_own_trainer_takes_its_length_from_the_plans(folders: Path, monk
 
 
 @pytest.mark.slow
-def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> None:
+def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(study_folders: Path) -> None:
     arms = {
         "rounds": {
             "trainer": "SupervisedBaselineTrainer",
@@ -683,8 +619,8 @@ def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> No
         "finetuned": {"init_from": "gasnet", "volumes": ["healthy_*"]},
         "longer": {"like": "vanilla", "equal_time_with": "rounds"},
     }
-    out = folders / "recipes"
-    command(write_study(folders / "files2", arms=arms), out=out, device="cpu")
+    out = study_folders / "recipes"
+    command(write_study(study_folders / "files2", arms=arms), out=out, device="cpu")
     workspace = opened(out)
     assert all(state_of(workspace, run) == "done" for run in workspace.runs)
     record = record_of(workspace, run_of(workspace, "rounds")).content
@@ -704,22 +640,22 @@ def test_pseudo_labels_equal_time_and_a_model_to_go_on_from(folders: Path) -> No
     assert (out / "arms_masks1.png").is_file()
     assert (out / "overlays.png").is_file()
     # A study that goes on from that model, by one command, planning and all.
-    (folders / "preprocessed" / DATASET / "dataset_fingerprint.json").unlink()
+    (study_folders / "preprocessed" / DATASET / "dataset_fingerprint.json").unlink()
     (checkpoint,) = out.rglob("GASNetTrainer__gasnet__3d_fullres/fold_*/checkpoint_final.pth")
     onward = {"plans": "Second", "plan": {"init_from": str(checkpoint)}, "settings": SHORT}
     arms = {"finetuned": {}, "from-scratch": {"settings": {"init_from": None}}}
-    command(write_study(folders / "files2", arms=arms, **onward), out=folders / "onward", device="cpu")
-    workspace = opened(folders / "onward")
+    command(write_study(study_folders / "files2", arms=arms, **onward), out=study_folders / "onward", device="cpu")
+    workspace = opened(study_folders / "onward")
     assert all(state_of(workspace, run) == "done" for run in workspace.runs)
     for arm, goes_on in (("finetuned", True), ("from-scratch", False)):
-        (log,) = (folders / "onward").rglob(f"GASNetTrainer__{arm}__3d_fullres/fold_*/training_log_*.txt")
+        (log,) = (study_folders / "onward").rglob(f"GASNetTrainer__{arm}__3d_fullres/fold_*/training_log_*.txt")
         assert (str(checkpoint) in log.read_text(encoding="utf-8")) == goes_on
 
 
-def test_a_checkpoint_that_was_cut_off_does_not_end_a_run(folders: Path) -> None:
+def test_a_checkpoint_that_was_cut_off_does_not_end_a_run(study_folders: Path) -> None:
     arms = {"plain": {"trainer": "nnUNetTrainer_1epoch"}}
-    out = folders / "cut_off"
-    workspace = open_workspace(load_study(write_study(folders / "files5", arms=arms)), out)
+    out = study_folders / "cut_off"
+    workspace = open_workspace(load_study(write_study(study_folders / "files5", arms=arms)), out)
     (run,) = workspace.runs
     train = steps_of(workspace, run, "cpu")[0]
     assert train.model is not None
@@ -734,10 +670,10 @@ def test_a_checkpoint_that_was_cut_off_does_not_end_a_run(folders: Path) -> None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
-def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None:
-    out = folders / "interrupted"
+def test_an_interrupted_study_goes_on_from_its_checkpoint(study_folders: Path) -> None:
+    out = study_folders / "interrupted"
     arms = {"gasnet": {"settings": {"num_epochs": 3, "save_every_minutes": 0.0001}}}
-    name = write_study(folders / "files3", arms=arms)
+    name = write_study(study_folders / "files3", arms=arms)
     arguments = ["study", name, "--out", str(out), "--device", "cpu"]
     program = [sys.executable, "-c", "from gasnet_nnunet.cli import main; main()", *arguments]
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -757,214 +693,8 @@ def test_an_interrupted_study_goes_on_from_its_checkpoint(folders: Path) -> None
     assert " --c" in (out / "logs" / "gasnet" / run.deal.name / "train.txt").read_text(encoding="utf-8")
 
 
-class Slurm:
-    """SLURM's commands, which the machines of the tests do not have: jobs are noted, and run when a test says so.
-
-    Args:
-        folder: For the commands and the jobs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.jobs, self.commands, self.queue = folder / "jobs", folder / "bin", folder / "queue"
-        self.requeued, self.pid = folder / "requeued", folder / "pid"
-        for made in (self.jobs, self.commands):
-            made.mkdir(parents=True)
-        self.queue.touch()
-        for name, text in {
-            "sbatch": f"""
-                number=$((101 + $(ls {self.jobs} | wc -l)))
-                cp "$1" {self.jobs}/$number
-                echo $number >> {self.queue}
-                echo "Submitted batch job $number"
-            """,
-            # Without --unbuffered --output FILE --error FILE.
-            "srun": f"echo $$ > {self.pid}; exec ${{@:6}}",
-            "squeue": f"cat {self.queue}",
-            "scontrol": f"echo $@ >> {self.requeued}",
-        }.items():
-            self.write(name, text)
-
-    def write(self, name: str, text: str) -> Path:
-        """Write a command of a few lines."""
-        path = self.commands / name
-        path.write_text(f"#!/bin/bash\n{text}\n")
-        path.chmod(0o755)
-        return path
-
-    def script(self, job: str) -> str:
-        """What sbatch was given."""
-        return (self.jobs / job).read_text()
-
-    def end(self, job: str) -> None:
-        """Take a job out of the queue."""
-        self.queue.write_text("".join(f"{other}\n" for other in self.queue.read_text().split() if other != job))
-
-    def start(self, job: str) -> subprocess.Popen[bytes]:
-        """Run a job as a node would."""
-        return subprocess.Popen(["bash", self.jobs / job], env={**os.environ, "SLURM_JOB_ID": job})
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    if os.name == "nt":
-        pytest.skip("SLURM is POSIX")
-    made = Slurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", str(made.commands), prepend=os.pathsep)
-    return made
-
-
-def one_run(out: Path, **changes: Any) -> tuple[Workspace, Run]:
-    """A study of one run, on the CPU wherever it is made."""
-    changes = {"arms": {"supervised": ARMS["supervised"]}, "device": "cpu", **changes}
-    workspace = open_workspace(load_study(write_study(out, **changes)), out)
-    return workspace, workspace.runs[0]
-
-
-def test_what_is_queued_is_not_submitted_again(folders: Path, tmp_path: Path, slurm: Slurm) -> None:
-    out = tmp_path / "out"
-    arms = {"finetuned": {"init_from": "gasnet"}, "gasnet": {}, "supervised": ARMS["supervised"]}
-    options = {"options": {"slurm_additional_parameters": {"account": "ward"}}}
-    workspace = open_workspace(load_study(write_study(out, arms=arms, slurm=options)), out)
-    cluster = Cluster(workspace.study, out)
-    job_of = {}
-    for line in cluster.submit(workspace, workspace.runs):
-        job, name = line.split(": ")
-        job_of[name.split("/")[0]] = job
-    assert set(job_of) == set(arms)
-    for arm, job in job_of.items():
-        words = slurm.script(job).split()
-        assert {"--account=ward", "--gpus-per-node=1", "--requeue"} <= set(words)
-        assert (f"--dependency=afterany:{job_of['gasnet']}" in words) == (arm == "finetuned")
-    again = cluster.submit(workspace, workspace.runs)
-    assert len(again) == 3
-    assert all("still queued or running, so left out: " in line for line in again)
-    slurm.end(job_of["finetuned"])
-    only = [run for run in workspace.runs if run.arm != "supervised"]
-    left, submitted = cluster.submit(workspace, only)
-    assert left == f"{job_of['gasnet']}: still queued or running, so left out: gasnet/masks1_repeat0_fold0"
-    assert submitted == "104: finetuned/masks1_repeat0_fold0"
-    assert f"--dependency=afterany:{job_of['gasnet']}" in slurm.script("104")
-    slurm.write("squeue", "echo Unable to contact slurm controller >&2; exit 1")
-    with pytest.raises(UserError, match=r"squeue ended with status 1.*Unable to contact"):
-        cluster.submit(workspace, only)
-
-
-def test_slurm_that_is_not_there_or_refuses_is_told(folders: Path, tmp_path: Path, slurm: Slurm) -> None:
-    workspace, run = one_run(tmp_path / "out")
-    slurm.write("sbatch", "echo Invalid partition >&2; exit 1")
-    with pytest.raises(UserError, match=r"does not take the job 'supervised': .*Invalid partition"):
-        Cluster(workspace.study, workspace.out).submit(workspace, [run])
-    workspace, run = one_run(tmp_path / "out", slurm={"options": {"timeout_min": "a day"}})
-    with pytest.raises(UserError, match=r"slurm\.options of the study cannot be used: .*timeout_min"):
-        Cluster(workspace.study, workspace.out).submit(workspace, [run])
-    (slurm.commands / "sbatch").unlink()
-    with pytest.raises(UserError, match=r"sbatch cannot be found here\. Run this on a login node"):
-        Cluster(workspace.study, workspace.out)
-
-
-def test_a_login_node_neither_plans_nor_finds_lungs(
-    folders: Path,
-    tmp_path: Path,
-    slurm: Slurm,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    planned: list[str] = []
-    plans = folders / "preprocessed" / DATASET / "Mine.json"
-
-    def plan(words: Sequence[str], *_: Any) -> None:
-        planned.append(words[1])
-        plans.write_text((plans.parent / "GASNetPlans.json").read_text(encoding="utf-8"))
-
-    def submit() -> str:
-        command(name, out=out, slurm=True)
-        return capsys.readouterr().out
-
-    monkeypatch.setattr("gasnet_nnunet.study_prepare._run", plan)
-    out = tmp_path / "out"
-    entries = {"arms": {"supervised": ARMS["supervised"]}, "plans": "Mine", "plan": {"preset": "small"}}
-    options = {"options": {"cpus_per_task": 4, "mem_gb": 20}, "prepare": {"cpus_per_task": 2}}
-    name = write_study(tmp_path / "files", slurm=options, **entries)
-    try:
-        assert "101: prepares the study.\nOnce it has ended, the same command again" in submit()
-        assert {"--cpus-per-task=2", "--mem=20GB"} <= set(slurm.script("101").split())
-        assert "gpus" not in slurm.script("101")
-        assert "101: prepares the study, and is still queued or running." in submit()
-        slurm.end("101")
-        said = submit()
-        assert f"101: has ended, and something is still missing; see {out / 'slurm' / '101_0_log.err'}" in said
-        assert "102: prepares the study." in said
-        assert not planned
-        # In this process, where no plans are really made.
-        DelayedSubmission.load(out / "slurm" / "102_submitted.pkl").result()
-        slurm.end("102")
-        assert planned == ["plan"]
-        assert list(out.glob("test/*/lungs/*"))
-        assert "103: supervised/masks1_repeat0_fold0\n" in submit()
-        shutil.rmtree(out / "test")
-        assert "104: prepares the study." in submit()
-        assert not list(out.glob("test/*/lungs/*"))
-    finally:
-        plans.unlink(missing_ok=True)
-
-
-def test_a_command_that_is_ended_from_outside_leaves_its_run_unfinished(
-    folders: Path, tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workspace, run = one_run(tmp_path / "out")
-    program = slurm.write("train", "kill -USR2 $$")
-    monkeypatch.setattr("gasnet_nnunet.study_runner.find_script", lambda _: str(program))
-    assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "unfinished"
-    assert state_of(workspace, run) == "unfinished"
-    assert "nnUNetv2_train was ended by signal" in record_of(workspace, run).content["reason"]
-    slurm.write("train", "exit 3")
-    assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "failed"
-
-
-@pytest.mark.parametrize(("sent", "status"), [("USR2", "timed-out too many times"), ("TERM", "143")])
-def test_a_job_that_is_cut_off_for_good_leaves_its_run_unfinished(
-    folders: Path, tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, sent: str, status: str
-) -> None:
-    def give_up(*_: Any) -> None:
-        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
-
-    workspace, run = one_run(tmp_path / "out")
-    program = slurm.write("train", f"kill -{sent} $PPID; sleep 60")
-    monkeypatch.setattr("gasnet_nnunet.study_runner.find_script", lambda _: str(program))
-    before = signal.signal(signal.SIGUSR2, give_up)
-    try:
-        with pytest.raises(SystemExit, match=status):
-            RunsJob(workspace.out, (run.name,), {})()
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-    assert state_of(workspace, run) == "unfinished"
-    (session,) = json.loads((workspace.out / "time.json").read_text(encoding="utf-8"))["sessions"]
-    assert session["training"] > 0
-    assert all(seconds >= 0 for seconds in session.values())
-
-
 @pytest.mark.slow
-def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(folders: Path, tmp_path: Path, slurm: Slurm) -> None:
-    arms = {"gasnet": {"settings": {"num_epochs": 3, "save_every_minutes": 0.0001}}}
-    workspace, run = one_run(tmp_path / "out", arms=arms)
-    cluster = Cluster(workspace.study, workspace.out)
-    assert cluster.submit(workspace, workspace.runs) == [f"101: {run.name}"]
-    job = slurm.start("101")
-    end = time.monotonic() + 600
-    while not list(workspace.out.rglob("checkpoint_latest.pth")) and time.monotonic() < end:
-        time.sleep(0.3)
-    os.kill(int(slurm.pid.read_text()), signal.SIGUSR2)
-    job.wait(60)
-    assert slurm.requeued.read_text().split() == ["requeue", "101"]
-    assert state_of(workspace, run) == "unfinished"
-    assert slurm.start("101").wait(600) == 0
-    slurm.end("101")
-    assert cluster.submit(workspace, workspace.runs) == ["Everything is done already."]
-    assert record_of(workspace, run).content["steps"]["train"]["attempts"] == 2
-
-
-@pytest.mark.slow
-def test_the_phantom_study_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: Path) -> None:
+def test_the_phantom_study_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study_folders: Path) -> None:
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.delenv(f"nnUNet_{name}")
     phantoms = {"labelled": 2, "diseased": 2, "healthy": 3, "test_diseased": 1, "test_healthy": 1}

@@ -52,7 +52,7 @@ def study(
     where it stopped: what is done is skipped, what was interrupted is resumed, what failed is tried again.
     """
     from gasnet_nnunet.settings import parse_assignments
-    from gasnet_nnunet.study import assignable, load_study
+    from gasnet_nnunet.study_file import assignable, load_study
 
     console = Console(highlight=False, soft_wrap=True)
     settings = parse_assignments(set_ or [])
@@ -92,7 +92,8 @@ def study(
     comment = "# " if commands else ""
     console.print(comment + plan.replace("\n", f"\n{comment}"))
     from gasnet_nnunet.cohort import abbreviate
-    from gasnet_nnunet.study_runner import Runner, ended_by_sigterm, needs_redo, state_of
+    from gasnet_nnunet.study_runner import Runner, ended_by_sigterm
+    from gasnet_nnunet.study_steps import needs_redo, state_of
 
     changed = [run.name for run in runs if needs_redo(workspace, run, chosen_device)]
     if changed and not (redo or commands):
@@ -133,7 +134,7 @@ def study(
 
 def _chosen(workspace: Workspace, only: list[str]) -> list[Run]:
     """The runs that are asked for."""
-    from gasnet_nnunet.study import hint
+    from gasnet_nnunet.study_file import hint
 
     chosen = []
     for wanted in only:
@@ -171,7 +172,7 @@ def _plan(workspace: Workspace, runs: list[Run], device: str) -> str:
 def _print_commands(workspace: Workspace, runs: list[Run], device: str, console: Console) -> None:
     """A line a run that can be run anywhere, in this order, and nnU-Net's commands that it stands for."""
     from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS
-    from gasnet_nnunet.study_runner import WaitingError, needs_redo, steps_of
+    from gasnet_nnunet.study_steps import WaitingError, needs_redo, steps_of
 
     again = _again(workspace)
     for variable in NNUNET_FOLDERS:
@@ -204,7 +205,7 @@ def _again(workspace: Workspace) -> str:
 def _run(runner: Runner, runs: list[Run], console: Console) -> None:
     """Run what is not done, with a line for each run and one for what goes on."""
     from gasnet_nnunet.study_progress import Estimate, duration
-    from gasnet_nnunet.study_runner import record_of, state_of
+    from gasnet_nnunet.study_steps import record_of, state_of
 
     workspace = runner.workspace
     todo = [run for run in runs if state_of(workspace, run, runner.device) != "done"]
