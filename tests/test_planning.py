@@ -23,16 +23,14 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.geometry import nnunet_topology
 from gasnet_nnunet.lungs import CaseGeometry
 from gasnet_nnunet.phantom import Kind, make_phantom
+from gasnet_nnunet.planner import PlanningChoices, WholeLungPlanner, resolve_choices
 from gasnet_nnunet.planning import (
     Planned,
-    PlanningChoices,
-    WholeLungPlanner,
     check_plans_name,
     fingerprint_is_current,
     make_plans,
     prepare_organ_masks,
     preprocessing_is_current,
-    resolve_choices,
     run_preprocessing,
 )
 from gasnet_nnunet.raw_dataset import GEOMETRY_CACHE, check_grids, check_measures, find_dataset, measure_dataset

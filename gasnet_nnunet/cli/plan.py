@@ -66,7 +66,8 @@ def plan(
     console = Console(highlight=False)
     with console.status("Loading nnU-Net"):
         from gasnet_nnunet.estimate import estimate_cost
-        from gasnet_nnunet.planning import make_plans, prepare_organ_masks, resolve_choices, run_preprocessing
+        from gasnet_nnunet.planner import resolve_choices
+        from gasnet_nnunet.planning import make_plans, prepare_organ_masks, run_preprocessing
         from gasnet_nnunet.settings import load_preset
 
     choices, settings = resolve_choices(
