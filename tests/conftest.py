@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# A process a core (pyproject.toml): with threads of their own they take turns, and the default run half as long again.
-# Before anything imports torch, which reads it once.
+# A process a core (pyproject.toml). nnU-Net's commands ask for as many threads as there are cores, whatever the first
+# variable says: by the second, threads that wait for each other leave the cores to those that work. A limit of threads
+# (OMP_THREAD_LIMIT) would have them wait for ever. Before anything imports torch, which reads both once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
