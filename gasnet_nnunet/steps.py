@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -129,14 +129,15 @@ class GASNetStep:
             optimizer.zero_grad(set_to_none=True)
 
     def labelled_term(self, *batches: tuple[Tensor, Any]) -> dict[str, Tensor]:
-        """L_lab, the mean over the patches of all batches, backpropagated one batch after the other to save memory.
+        """L_lab, the mean over the patches of all batches, backpropagated part by part to save memory.
 
         Args:
-            batches: I_l, (B, C, Z, Y, X), nnU-Net-normalised, and M_l as nnU-Net's data loader gives it.
+            batches: I_l, (B, C, Z, Y, X), nnU-Net-normalised, and M_l as nnU-Net's data loader gives it. S sees no more
+                patches at a time than the first batch has, which is what the plans are made for.
         """
-        patches = sum(len(image) for image, _ in batches)
+        patches, most = sum(len(image) for image, _ in batches), len(batches[0][0])
         parts = []
-        for image, target in batches:
+        for image, target in (part for batch in batches for part in _split(*batch, most)):
             with self.precision():
                 loss = self.task.loss(self.segmenter(image), target)
                 loss = self.settings.weight_labelled * len(image) / patches * loss
@@ -316,6 +317,13 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 def as_levels(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """S's outputs, finest first, with or without deep supervision."""
     return [output] if isinstance(output, Tensor) else list(output)
+
+
+def _split(image: Tensor, target: Tensor | list[Tensor], patches: int) -> Iterator[tuple[Tensor, Any]]:
+    """A batch in parts of at most so many patches."""
+    levels = [level.split(patches) for level in as_levels(target)]
+    for part, *targets in zip(image.split(patches), *levels, strict=True):
+        yield part, targets if isinstance(target, list) else targets[0]
 
 
 def as_numbers(report: dict[str, Tensor]) -> dict[str, float]:

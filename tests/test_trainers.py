@@ -791,8 +791,9 @@ def test_pasted_patches_hold_the_lesions_of_the_masks(layout: str, make: Make) -
     assert values == ({0, 1, 2} if layout == "two classes" else {0, 1})
 
 
-def test_pasted_patches_count_like_those_of_the_batch(make: Make) -> None:
-    trainer = make(pasted_share=0.5)
+@pytest.mark.parametrize(("share", "seen"), [(0.5, [2, 1]), (2.0, [2, 2, 2])])
+def test_pasted_patches_count_like_those_of_the_batch(share: float, seen: list[int], make: Make) -> None:
+    trainer = make(pasted_share=share)
     trainer.on_train_start()
     batch, pasted, step = next(trainer.dataloader_train), next(trainer._pasted), trainer.gasnet_step
     step.zero_grad()
@@ -803,7 +804,11 @@ def test_pasted_patches_count_like_those_of_the_batch(make: Make) -> None:
     learning = [parameter for parameter in trainer.network.parameters() if parameter.grad is not None]
     expected = [parameter.grad.clone() for parameter in learning]
     step.zero_grad()
+    sizes = []
+    hook = trainer.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     report = step.labelled_term(*((each["data"], each["target"]) for each in (batch, pasted)))
+    hook.remove()
+    assert sizes == seen, "no more at a time than the memory is planned for"
     torch.testing.assert_close(report["L_lab"], together["L_lab"], atol=1e-5, rtol=1e-4)
     for parameter, gradient in zip(learning, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
