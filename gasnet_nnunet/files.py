@@ -39,7 +39,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 so that a reader sees the old or the new content, never a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        # As it is: pandas ends lines of a CSV as the system does, which Windows would do once more.
+        temporary.write_text(text, encoding="utf-8", newline="")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -37,7 +37,6 @@ def study_folders(root: Path) -> Iterator[Path]:
         "nnUNet_n_proc_DA": "0",
         "nnUNet_def_n_proc": "1",
         "nnUNet_compile": "f",
-        "OMP_NUM_THREADS": "1",
         "MATPLOTLIBRC": str(root),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }

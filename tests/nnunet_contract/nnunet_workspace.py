@@ -45,7 +45,7 @@ class Workspace:
         return self.results / DATASET / MODEL
 
     def environment(self) -> dict[str, str]:
-        """Few processes of one thread each, and nothing of the caller's nnU-Net."""
+        """Few processes, and nothing of the caller's nnU-Net."""
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")},
             "nnUNet_raw": str(self.root / "raw"),
@@ -55,7 +55,6 @@ class Workspace:
             "nnUNet_n_proc_DA": "0",
             "nnUNet_def_n_proc": "1",
             "nnUNet_compile": "f",
-            "OMP_NUM_THREADS": "1",
             "MATPLOTLIBRC": str(self.root),
         }
 
