@@ -255,20 +255,38 @@ class Runner:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does, so that no command goes on alone."""
-    this = os.getpid()
-
-    def end(*_: Any) -> None:
-        if os.getpid() != this:
-            # A worker that nnU-Net has forked: an exception in its first moments is lost, and its pool waits for ever.
-            os._exit(TERMINATED)
-        sys.exit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, end)
+    """SIGTERM ends this process as Ctrl-C does, so that no command goes on alone; those it forks are simply killed."""
+    before = signal.signal(signal.SIGTERM, _exit)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _exit(*_: Any) -> None:
+    sys.exit(TERMINATED)
+
+
+def _hold_sigterm() -> None:
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_sigterm_through() -> None:
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _die_of_sigterm() -> None:
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+if hasattr(os, "register_at_fork"):
+    # nnU-Net's pools fork, and end their workers by SIGTERM. Python forgets what arrives before a forked process is
+    # set up, so the worker would live, and its pool wait, for ever: the signal is held back until it kills.
+    os.register_at_fork(before=_hold_sigterm, after_in_parent=_let_sigterm_through, after_in_child=_die_of_sigterm)
 
 
 @contextmanager

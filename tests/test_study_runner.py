@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ from gasnet_nnunet.study_prepare import prepare
 from gasnet_nnunet.study_progress import Estimate
 from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
 from gasnet_nnunet.study_report import _differences, _figures, _results, _runs, write_report
-from gasnet_nnunet.study_runner import Runner, find_script
+from gasnet_nnunet.study_runner import Runner, ended_by_sigterm, find_script
 from gasnet_nnunet.study_steps import WaitingError, epoch_seconds, record_of, state_of, steps_of
 from gasnet_nnunet.study_workspace import Workspace, open_workspace
 
@@ -667,6 +668,20 @@ def test_a_checkpoint_that_was_cut_off_does_not_end_a_run(study_folders: Path) -
     assert [path.name.split("_", 1)[1] for path in (out / "superseded").iterdir()] == [
         "plain_masks1_repeat0_fold0_train_checkpoint_latest.pth"
     ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+def test_a_forked_process_dies_of_sigterm_however_young() -> None:
+    with ended_by_sigterm():
+        for _ in range(50):
+            process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            process.start()
+            process.terminate()
+            process.join(30)
+            assert process.exitcode == -signal.SIGTERM
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
