@@ -77,11 +77,12 @@ def main(our_place, nnunet_place, user_folder, model_folder):
                 assert pool.apply(find, (trainer.__name__,)) is trainer
 
     from gasnet_nnunet.dataset_conversion import folders
-    from gasnet_nnunet import settings, study_file
+    from gasnet_nnunet import settings
+    from gasnet_nnunet.study.file import study_names
     for file in (folders.__file__, settings.plans_folder()):
         assert Path(file).is_relative_to(our_place), file
     assert "default" in settings.preset_names()
-    assert "one-mask" in study_file.study_names()
+    assert "one-mask" in study_names()
 
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

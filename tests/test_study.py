@@ -9,7 +9,7 @@ import pytest
 from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.settings import load_preset
-from gasnet_nnunet.study_file import load_study, segmenter_names, study_names, trainer_names
+from gasnet_nnunet.study.file import load_study, segmenter_names, study_names, trainer_names
 
 ADDED = {
     *("weight_outside", "pseudo_contrast", "pseudo_start"),
@@ -156,7 +156,7 @@ def test_command_line_assigns_entries_of_the_study_and_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("gasnet_nnunet.study_prepare.prepare", lambda study, *_, **__: seen.append(study) or 1 / 0)
+    monkeypatch.setattr("gasnet_nnunet.study.prepare.prepare", lambda study, *_, **__: seen.append(study) or 1 / 0)
     (tmp_path / "patients.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     words = ["folds=5", "seed=3", "num_epochs=2", 'groups={"file": "patients.json", "key": "anatomy"}']

@@ -8,9 +8,9 @@ from typing import Any, cast
 import pandas as pd
 
 from gasnet_nnunet.evaluation import to_markdown
-from gasnet_nnunet.study import Study
-from gasnet_nnunet.study_report import _cells, _differences
-from gasnet_nnunet.study_workspace import Workspace
+from gasnet_nnunet.study.definition import Study
+from gasnet_nnunet.study.report import _cells, _differences
+from gasnet_nnunet.study.workspace import Workspace
 
 ARMS = {"supervised": {"title": "Supervised"}, "gasnet": {"title": "GASNet"}}
 RUNS = pd.DataFrame(

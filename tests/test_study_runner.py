@@ -29,15 +29,15 @@ from gasnet_nnunet.cohort import read_cohort
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS
 from gasnet_nnunet.splits import read_fold
-from gasnet_nnunet.study import Study
-from gasnet_nnunet.study_file import load_study
-from gasnet_nnunet.study_prepare import prepare
-from gasnet_nnunet.study_progress import Estimate
-from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
-from gasnet_nnunet.study_report import _differences, _figures, _results, _runs, write_report
-from gasnet_nnunet.study_runner import Runner, ended_by_sigterm, find_script
-from gasnet_nnunet.study_steps import WaitingError, epoch_seconds, record_of, state_of, steps_of
-from gasnet_nnunet.study_workspace import Workspace, open_workspace
+from gasnet_nnunet.study.definition import Study
+from gasnet_nnunet.study.file import load_study
+from gasnet_nnunet.study.prepare import prepare
+from gasnet_nnunet.study.progress import Estimate
+from gasnet_nnunet.study.pseudo_labels import label_dataset, preprocess_command
+from gasnet_nnunet.study.report import _differences, _figures, _results, _runs, write_report
+from gasnet_nnunet.study.runner import Runner, ended_by_sigterm, find_script
+from gasnet_nnunet.study.steps import WaitingError, epoch_seconds, record_of, state_of, steps_of
+from gasnet_nnunet.study.workspace import Workspace, open_workspace
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def test_lungs_of_an_earlier_version_are_found_again(
     content = mask.read_bytes()
     mask.write_bytes(b"lungs of an earlier version")
     with monkeypatch.context() as patch:
-        patch.setattr("gasnet_nnunet.study_workspace.VERSION", -1)
+        patch.setattr("gasnet_nnunet.study.workspace.VERSION", -1)
         after = opened(out).test_set(deal)
     assert mask.read_bytes() == content
     assert after.stamp != before.stamp, "scored anew"
@@ -350,7 +350,7 @@ def test_a_fault_in_a_run_leaves_the_others(
     def fail(*_: Any) -> None:
         raise RuntimeError("sitk::ERROR: a broken file")
 
-    monkeypatch.setattr("gasnet_nnunet.study_runner.is_done", fail)
+    monkeypatch.setattr("gasnet_nnunet.study.runner.is_done", fail)
     try:
         assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "failed"
         reason = record_of(workspace, run).content["reason"]
@@ -447,7 +447,7 @@ def test_planning_that_was_interrupted_is_done_again(
         if interrupted:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("gasnet_nnunet.study_prepare._run", plan)
+    monkeypatch.setattr("gasnet_nnunet.study.prepare._run", plan)
     loaded = load_study(write_study(tmp_path / "files", plans="Mine", plan={"preset": "small"}))
     plans = study_folders / "preprocessed" / DATASET / "Mine.json"
     with pytest.raises(KeyboardInterrupt):
@@ -506,7 +506,7 @@ def test_a_fault_in_a_figure_costs_no_table(
     tables = [out / name for name in ("summary.md", "results.csv", "runs.csv")]
     for table in tables:
         table.unlink()
-    monkeypatch.setattr("gasnet_nnunet.study_report._figures", lambda *_: 1 / 0)
+    monkeypatch.setattr("gasnet_nnunet.study.report._figures", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(opened(out))
     assert all(table.is_file() for table in tables)

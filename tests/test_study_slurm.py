@@ -19,11 +19,11 @@ from tiny_study import ARMS, DATASET, write_study
 
 from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.errors import UserError
-from gasnet_nnunet.study_file import load_study
-from gasnet_nnunet.study_runner import Runner
-from gasnet_nnunet.study_slurm import Cluster, RunsJob
-from gasnet_nnunet.study_steps import record_of, state_of
-from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
+from gasnet_nnunet.study.file import load_study
+from gasnet_nnunet.study.runner import Runner
+from gasnet_nnunet.study.slurm import Cluster, RunsJob
+from gasnet_nnunet.study.steps import record_of, state_of
+from gasnet_nnunet.study.workspace import Run, Workspace, open_workspace
 
 
 class Slurm:
@@ -149,7 +149,7 @@ def test_a_login_node_neither_plans_nor_finds_lungs(
         command(name, out=out, slurm=True)
         return capsys.readouterr().out
 
-    monkeypatch.setattr("gasnet_nnunet.study_prepare._run", plan)
+    monkeypatch.setattr("gasnet_nnunet.study.prepare._run", plan)
     out = tmp_path / "out"
     entries = {"arms": {"supervised": ARMS["supervised"]}, "plans": "Mine", "plan": {"preset": "small"}}
     options = {"options": {"cpus_per_task": 4, "mem_gb": 20}, "prepare": {"cpus_per_task": 2}}
@@ -182,7 +182,7 @@ def test_a_command_that_is_ended_from_outside_leaves_its_run_unfinished(
 ) -> None:
     workspace, run = one_run(tmp_path / "out")
     program = slurm.write("train", "kill -USR2 $$")
-    monkeypatch.setattr("gasnet_nnunet.study_runner.find_script", lambda _: str(program))
+    monkeypatch.setattr("gasnet_nnunet.study.runner.find_script", lambda _: str(program))
     assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "unfinished"
     assert state_of(workspace, run) == "unfinished"
     assert "nnUNetv2_train was ended by signal" in record_of(workspace, run).content["reason"]
@@ -199,7 +199,7 @@ def test_a_job_that_is_cut_off_for_good_leaves_its_run_unfinished(
 
     workspace, run = one_run(tmp_path / "out")
     program = slurm.write("train", f"kill -{sent} $PPID; sleep 60")
-    monkeypatch.setattr("gasnet_nnunet.study_runner.find_script", lambda _: str(program))
+    monkeypatch.setattr("gasnet_nnunet.study.runner.find_script", lambda _: str(program))
     before = signal.signal(signal.SIGUSR2, give_up)
     try:
         with pytest.raises(SystemExit, match=status):

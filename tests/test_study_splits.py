@@ -11,8 +11,8 @@ import pytest
 from gasnet_nnunet.cohort import Case, Cohort, Kind
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.splits import read_fold
-from gasnet_nnunet.study import Groups, Study
-from gasnet_nnunet.study_splits import Deal, check_patterns, make_deals, read_groups
+from gasnet_nnunet.study.definition import Groups, Study
+from gasnet_nnunet.study.splits import Deal, check_patterns, make_deals, read_groups
 
 
 def cohort(labelled: int = 6, diseased: int = 3, healthy: int = 6) -> Cohort:

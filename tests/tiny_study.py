@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import tiny_dataset
 
-from gasnet_nnunet.study_file import load_study
-from gasnet_nnunet.study_workspace import Run, Workspace, open_workspace
+from gasnet_nnunet.study.file import load_study
+from gasnet_nnunet.study.workspace import Run, Workspace, open_workspace
 
 DATASET = "Dataset501_Tiny"
 SHIM = str(Path(__file__).parents[1] / "nnunet_ext")

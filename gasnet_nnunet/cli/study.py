@@ -16,8 +16,8 @@ from rich.markup import escape
 from gasnet_nnunet.errors import UserError
 
 if TYPE_CHECKING:
-    from gasnet_nnunet.study_runner import Runner
-    from gasnet_nnunet.study_workspace import Run, Workspace
+    from gasnet_nnunet.study.runner import Runner
+    from gasnet_nnunet.study.workspace import Run, Workspace
 
 LISTED = 5
 
@@ -52,7 +52,7 @@ def study(
     where it stopped: what is done is skipped, what was interrupted is resumed, what failed is tried again.
     """
     from gasnet_nnunet.settings import parse_assignments
-    from gasnet_nnunet.study_file import assignable, load_study
+    from gasnet_nnunet.study.file import assignable, load_study
 
     console = Console(highlight=False, soft_wrap=True)
     settings = parse_assignments(set_ or [])
@@ -67,9 +67,9 @@ def study(
     if report and not (folder / "study.yaml").is_file():
         raise UserError(f"{folder} holds no study that could be reported on. Name its folder with --out.")
     with console.status("Loading nnU-Net"):
-        from gasnet_nnunet.study_prepare import prepare
-        from gasnet_nnunet.study_slurm import Cluster
-        from gasnet_nnunet.study_workspace import UnpreparedError, keep_study
+        from gasnet_nnunet.study.prepare import prepare
+        from gasnet_nnunet.study.slurm import Cluster
+        from gasnet_nnunet.study.workspace import UnpreparedError, keep_study
 
     started = time.monotonic()
     cluster = Cluster(loaded, folder) if slurm else None
@@ -92,8 +92,8 @@ def study(
     comment = "# " if commands else ""
     console.print(comment + plan.replace("\n", f"\n{comment}"))
     from gasnet_nnunet.cohort import abbreviate
-    from gasnet_nnunet.study_runner import Runner, ended_by_sigterm
-    from gasnet_nnunet.study_steps import needs_redo, state_of
+    from gasnet_nnunet.study.runner import Runner, ended_by_sigterm
+    from gasnet_nnunet.study.steps import needs_redo, state_of
 
     changed = [run.name for run in runs if needs_redo(workspace, run, chosen_device)]
     if changed and not (redo or commands):
@@ -134,7 +134,7 @@ def study(
 
 def _chosen(workspace: Workspace, only: list[str]) -> list[Run]:
     """The runs that are asked for."""
-    from gasnet_nnunet.study_file import hint
+    from gasnet_nnunet.study.file import hint
 
     chosen = []
     for wanted in only:
@@ -172,7 +172,7 @@ def _plan(workspace: Workspace, runs: list[Run], device: str) -> str:
 def _print_commands(workspace: Workspace, runs: list[Run], device: str, console: Console) -> None:
     """A line a run that can be run anywhere, in this order, and nnU-Net's commands that it stands for."""
     from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS
-    from gasnet_nnunet.study_steps import WaitingError, needs_redo, steps_of
+    from gasnet_nnunet.study.steps import WaitingError, needs_redo, steps_of
 
     again = _again(workspace)
     for variable in NNUNET_FOLDERS:
@@ -204,8 +204,8 @@ def _again(workspace: Workspace) -> str:
 
 def _run(runner: Runner, runs: list[Run], console: Console) -> None:
     """Run what is not done, with a line for each run and one for what goes on."""
-    from gasnet_nnunet.study_progress import Estimate, duration
-    from gasnet_nnunet.study_steps import record_of, state_of
+    from gasnet_nnunet.study.progress import Estimate, duration
+    from gasnet_nnunet.study.steps import record_of, state_of
 
     workspace = runner.workspace
     todo = [run for run in runs if state_of(workspace, run, runner.device) != "done"]
@@ -240,7 +240,7 @@ def _end(workspace: Workspace, console: Console) -> list[str]:
     Returns:
         Runs that could not be scored.
     """
-    from gasnet_nnunet.study_report import write_report
+    from gasnet_nnunet.study.report import write_report
 
     result = write_report(workspace)
     console.print(result.table)

@@ -18,7 +18,7 @@ from typing import Any
 from gasnet_nnunet.cohort import Cohort, Kind, abbreviate
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.splits import VAL_IS_LEARNT
-from gasnet_nnunet.study import Groups, Study
+from gasnet_nnunet.study.definition import Groups, Study
 
 IMAGES_TS = "imagesTs"
 """Name of the test set that is nnU-Net's own."""

@@ -22,12 +22,12 @@ from rich.console import Console
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json
 from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS, read_json
-from gasnet_nnunet.study import Study
-from gasnet_nnunet.study_file import load_study
-from gasnet_nnunet.study_prepare import prepare
-from gasnet_nnunet.study_runner import Runner, ended_by_sigterm
-from gasnet_nnunet.study_steps import state_of
-from gasnet_nnunet.study_workspace import STUDY, Run, Workspace
+from gasnet_nnunet.study.definition import Study
+from gasnet_nnunet.study.file import load_study
+from gasnet_nnunet.study.prepare import prepare
+from gasnet_nnunet.study.runner import Runner, ended_by_sigterm
+from gasnet_nnunet.study.steps import state_of
+from gasnet_nnunet.study.workspace import STUDY, Run, Workspace
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission

@@ -1,6 +1,6 @@
 """How a study is run: nnU-Net's own commands one after the other, what is done skipped, what was cut off resumed.
 
-`study_steps.py` says what a run consists of and what of it is done. Results that were made for something else are moved
+`steps.py` says what a run consists of and what of it is done. Results that were made for something else are moved
 to OUT/superseded, never overwritten.
 """
 
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import read_json, write_json, write_text
-from gasnet_nnunet.study_steps import (
+from gasnet_nnunet.study.steps import (
     RunRecord,
     Step,
     WaitingError,
@@ -37,7 +37,7 @@ from gasnet_nnunet.study_steps import (
     steps_of,
     updates_of,
 )
-from gasnet_nnunet.study_workspace import Run, Workspace, superseded
+from gasnet_nnunet.study.workspace import Run, Workspace, superseded
 
 SESSIONS = "time.json"
 LAST_LINES = 12
@@ -189,7 +189,7 @@ class Runner:
         scores_of(self.workspace, run, steps, record)
 
     def note_time(self) -> None:
-        """Note where the time since the last note went; `study_report` adds the sessions up."""
+        """Note where the time since the last note went; `report.py` adds the sessions up."""
         made = self.workspace.preparation_seconds
         spent = {
             "training": self.clock.training,

@@ -46,9 +46,9 @@ from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import cores, run_jobs
 from gasnet_nnunet.raw_dataset import Dataset, find_dataset, read_json
 from gasnet_nnunet.settings import PLANS_KEY
-from gasnet_nnunet.study import Study
-from gasnet_nnunet.study_file import load_study
-from gasnet_nnunet.study_splits import Deal, check_patterns, make_deals, read_groups
+from gasnet_nnunet.study.definition import Study
+from gasnet_nnunet.study.file import load_study
+from gasnet_nnunet.study.splits import Deal, check_patterns, make_deals, read_groups
 from gasnet_nnunet.volumes import grid_difference, read_grid
 
 STUDY = "study.yaml"

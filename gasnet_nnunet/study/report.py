@@ -34,10 +34,10 @@ from gasnet_nnunet.evaluation import (
 )
 from gasnet_nnunet.files import write_figure, write_text
 from gasnet_nnunet.raw_dataset import read_json
-from gasnet_nnunet.study_runner import SESSIONS
-from gasnet_nnunet.study_splits import Deal
-from gasnet_nnunet.study_steps import record_of, scores_of, state_of, steps_of
-from gasnet_nnunet.study_workspace import Workspace
+from gasnet_nnunet.study.runner import SESSIONS
+from gasnet_nnunet.study.splits import Deal
+from gasnet_nnunet.study.steps import record_of, scores_of, state_of, steps_of
+from gasnet_nnunet.study.workspace import Workspace
 
 RUN_HEADINGS = ("Mean Dice % of each choice", "Updates of S", "Training, min")
 NOT_IN_TERMINALS = (METRICS["sensitivity"].heading, METRICS["specificity"].heading, "Updates of S")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from gasnet_nnunet.study_steps import EPOCH, EPOCH_TIME, WaitingError, is_done, record_of, steps_of, updates_of
-from gasnet_nnunet.study_workspace import Run, Workspace
+from gasnet_nnunet.study.steps import EPOCH, EPOCH_TIME, WaitingError, is_done, record_of, steps_of, updates_of
+from gasnet_nnunet.study.workspace import Run, Workspace
 
 
 class Estimate:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gasnet_nnunet.files import write_json
-from gasnet_nnunet.study_workspace import SPLITS, Run, Workspace, link
+from gasnet_nnunet.study.workspace import SPLITS, Run, Workspace, link
 
 
 def preprocess_command(workspace: Workspace, plans_name: str, processes: int) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.settings import GASNetSettings, plans_folder, preset_names
-from gasnet_nnunet.study import OUR_TRAINERS, Arm, Groups, Part, Phantoms, Plan, PseudoLabels, Slurm, Study
+from gasnet_nnunet.study.definition import OUR_TRAINERS, Arm, Groups, Part, Phantoms, Plan, PseudoLabels, Slurm, Study
 
 OWN = ("title", "like", "equal_time_with", "init_from")
 """What an arm does not take from the one that it is like."""

@@ -18,9 +18,9 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS, find_dataset, read_json
-from gasnet_nnunet.study import Phantoms, Plan, Study
-from gasnet_nnunet.study_runner import find_script
-from gasnet_nnunet.study_workspace import STUDY, UnpreparedError, Workspace, check_folder, open_workspace
+from gasnet_nnunet.study.definition import Phantoms, Plan, Study
+from gasnet_nnunet.study.runner import find_script
+from gasnet_nnunet.study.workspace import STUDY, UnpreparedError, Workspace, check_folder, open_workspace
 
 PHANTOM_DATASET = 902
 PHANTOM_NAME = "GASNetStudy"

@@ -1,7 +1,7 @@
 """A comparison written down: what a study trains, on which cases.
 
 A study is arms (trainer, settings, plans) x numbers of masks x choices of those masks x folds on one dataset. It comes
-from a YAML file or is one of those that come with the package. `study_runner.py` runs it.
+from a YAML file or is one of those that come with the package. `runner.py` runs it.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class Study(Part):
         return tuple(dict.fromkeys(other for other in waited if other is not None))
 
     def dump(self) -> str:
-        """The study as YAML, which `study_file.load_study` reads again."""
+        """The study as YAML, which `load_study` reads again."""
         # What an arm sets back to a default, over what the arm that it is `like` says, has to be said again.
         content = self.model_dump(mode="json", exclude_unset=True)
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)

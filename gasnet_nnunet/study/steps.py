@@ -16,8 +16,8 @@ from zipfile import is_zipfile
 
 from gasnet_nnunet.files import read_json, write_json, write_text
 from gasnet_nnunet.parallel import cores
-from gasnet_nnunet.study import OUR_TRAINERS
-from gasnet_nnunet.study_workspace import Run, TestSet, Workspace, fingerprint, link, superseded
+from gasnet_nnunet.study.definition import OUR_TRAINERS
+from gasnet_nnunet.study.workspace import Run, TestSet, Workspace, fingerprint, link, superseded
 
 EPOCH_TIME = re.compile(r"Epoch time: ([0-9.]+) s")
 EPOCH = re.compile(r": Epoch (\d+)\s*$")
@@ -317,7 +317,7 @@ class _Chain:
         return Step(name, "predict", self.last, made, work, (out,), (tuple(command),))
 
     def _label(self, folder: Path, number: int) -> Step:
-        from gasnet_nnunet.study_pseudo_labels import label_dataset, preprocess_command
+        from gasnet_nnunet.study.pseudo_labels import label_dataset, preprocess_command
 
         self.last = fingerprint(self.last)
         name = f"{self._plans_name()}-round{number}"
