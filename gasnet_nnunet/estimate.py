@@ -70,7 +70,7 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
 
     Examples:
         >>> passes_per_iteration(GASNetSettings(discriminator_steps=3), batch_size=2)
-        Passes(segmenter=11.5, generator=6.0, discriminator=28.0)
+        Passes(segmenter=13.5, generator=6.0, discriminator=28.0)
     """
     volumes = settings.volumes_per_step or batch_size
     g, d = needs_generator(settings), needs_discriminator(settings)

@@ -188,7 +188,7 @@ class GASNetSettings:
     pseudo_margin: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.3
     pseudo_ignore_above: Fraction | None = None
     pseudo_contrast: Fraction = 0.05
-    pasted_share: Annotated[float, Field(ge=0.0, le=4.0)] = 1.0
+    pasted_share: Annotated[float, Field(ge=0.0, le=4.0)] = 2.0
     paste_strength: tuple[Fraction, Fraction] = (0.7, 1.0)
     averaged_iterations: Count = 1
     lesion_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7

@@ -51,7 +51,7 @@ def test_formula_of_the_docs() -> None:
     passes = passes_per_iteration(settings, b)
     averaged = passes_per_iteration(settings.replace(averaged_iterations=20), b)
 
-    assert passes.segmenter == pytest.approx(2 * b + 2 * v + v * (1 - start) + k * v / 3)
+    assert passes.segmenter == pytest.approx(3 * b + 2 * v + v * (1 - start) + k * v / 3)
     assert averaged.segmenter == pytest.approx(passes.segmenter + v * (1 - start) / 3)
     assert passes.generator == pytest.approx(2 * v + k * v / 3)
     assert passes.discriminator == pytest.approx(2 * v + 4 * k * v)

@@ -117,7 +117,7 @@ def test_pasting_alone_learns_nothing_from_diseased_volumes() -> None:
     settings = load_study("one-mask", {"dataset": 501}).settings_of("pasting", {}).to_dict()
     on = {key for key, value in settings.items() if key.startswith("weight_") and value}
     assert on == {"weight_labelled", "weight_healthy", "weight_decay_s"}
-    assert settings["pasted_share"] == 1
+    assert settings["pasted_share"] == 2
     assert settings["lesion_threshold"] == 0.5
 
 
