@@ -206,7 +206,7 @@ def model_folder(tmp_path: Path) -> Path:
     ("install_nnunet", "editable"),
     [
         pytest.param(plain_nnunet, False, id="both plain"),
-        pytest.param(editable_nnunet, True, id="both editable"),
+        pytest.param(editable_nnunet, True, id="both editable", marks=pytest.mark.slow),
         pytest.param(plain_nnunet, True, id="ours editable", marks=pytest.mark.slow),
         pytest.param(editable_nnunet, False, id="nnunet editable", marks=pytest.mark.slow),
     ],
