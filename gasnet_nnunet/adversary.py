@@ -49,10 +49,10 @@ class Adversary:
         self.generator: Generator | None = None
         self.discriminator: Discriminator | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        if needs_generator(settings):
+        if settings.needs_generator:
             self.generator = build_generator(settings, topology, channels).to(device)
             self.optimizers["generator"] = _adam(self.generator, settings.learning_rate_g)
-        if needs_discriminator(settings):
+        if settings.needs_discriminator:
             self.discriminator = build_discriminator(settings, topology, channels).to(device)
             self.optimizers["discriminator"] = _adam(self.discriminator, settings.learning_rate_d)
         self._schedulers = [
@@ -179,16 +179,6 @@ class Adversary:
             for name, network in self._networks().items()
         ]
         return f"Adversary({', '.join(sizes) or 'no terms in use'}, {self.window})"
-
-
-def needs_generator(settings: GASNetSettings) -> bool:
-    """Whether any term of G is on."""
-    return bool(settings.weight_adversarial or settings.weight_generated or settings.weight_reconstruction)
-
-
-def needs_discriminator(settings: GASNetSettings) -> bool:
-    """Whether a term that D's verdict reaches is on; without one, training D would be for nothing."""
-    return bool(settings.weight_adversarial or settings.weight_generated)
 
 
 def _adam(network: nn.Module, learning_rate: float) -> torch.optim.Adam:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Sequence
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space, the user's quota, or a limit on the size of files."""
@@ -17,3 +19,14 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 1; `GASNetTrainer` turns it into `SystemExit`,
     because a plain exception would reach the user as nnU-Net's traceback.
     """
+
+
+def hint(name: str, valid: Sequence[str]) -> str:
+    """' Did you mean ...?' where something valid is close, else nothing.
+
+    Examples:
+        >>> hint("gasent", ["gasnet", "supervised"])
+        " Did you mean 'gasnet'?"
+    """
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""

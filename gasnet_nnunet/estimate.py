@@ -12,7 +12,6 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from gasnet_nnunet.adversary import needs_discriminator, needs_generator
 from gasnet_nnunet.networks import Topology, build_discriminator, build_generator
 from gasnet_nnunet.segmenters import SEGMENTERS, segmenter_of
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
@@ -73,7 +72,7 @@ def passes_per_iteration(settings: GASNetSettings, batch_size: int) -> Passes:
         Passes(segmenter=13.5, generator=6.0, discriminator=28.0)
     """
     volumes = settings.volumes_per_step or batch_size
-    g, d = needs_generator(settings), needs_discriminator(settings)
+    g, d = settings.needs_generator, settings.needs_discriminator
     d_updates = settings.discriminator_steps if d else 0
     adversarial, generated = bool(settings.weight_adversarial), bool(settings.weight_generated)
     pseudo = 1 + FORWARD * (settings.averaged_iterations > 1)

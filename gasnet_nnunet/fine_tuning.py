@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from gasnet_nnunet.adversary import Adversary, needs_discriminator, needs_generator
+from gasnet_nnunet.adversary import Adversary
 from gasnet_nnunet.checkpoints import CHECKPOINT_KEY, read_checkpoint
 from gasnet_nnunet.decision import weights_in_training
 from gasnet_nnunet.errors import UserError
@@ -106,7 +106,7 @@ class Origin:
         Raises:
             UserError: As said.
         """
-        needed = {"generator": needs_generator(settings), "discriminator": needs_discriminator(settings)}
+        needed = {"generator": settings.needs_generator, "discriminator": settings.needs_discriminator}
         missing = [name for name, is_needed in needed.items() if is_needed and name not in (self.adversary or {})]
         if missing:
             raise UserError(

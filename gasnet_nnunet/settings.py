@@ -8,7 +8,6 @@ the trainer writes the resolved values back, so that the model folder and the ch
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, TypeAdapter, ValidationError
 
-from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.errors import UserError, hint
 
 PLANS_KEY = "gasnet"
 """Where the settings stand inside a configuration of the plans."""
@@ -39,6 +38,17 @@ NOT_YET = {
 
 Every setting that came after the first trainings stands here, because its default may change.
 """
+
+OF_DISCRIMINATOR = (
+    *("learning_rate_d", "discriminator_features", "discriminator_layers", "discriminator_norm", "discriminator_gain"),
+    *("discriminator_steps", "weight_diseased", "restore_within_organ", "lambda_s"),
+)
+OF_GENERATOR = (
+    *("learning_rate_g", "generator_features", "generator_downsamplings", "generator_residual_blocks"),
+    "reconstruction_loss",
+)
+OF_PSEUDO = ("pseudo_start", "pseudo_margin", "pseudo_ignore_above", "pseudo_contrast")
+"""Settings of no effect where there is no discriminator, no generator or no L_ps."""
 
 Weight = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -229,6 +239,16 @@ class GASNetSettings:
             )
 
     @property
+    def needs_generator(self) -> bool:
+        """Whether any term of G is on."""
+        return bool(self.weight_adversarial or self.weight_generated or self.weight_reconstruction)
+
+    @property
+    def needs_discriminator(self) -> bool:
+        """Whether a term that D's verdict reaches is on; without one, training D would be for nothing."""
+        return bool(self.weight_adversarial or self.weight_generated)
+
+    @property
     def compares_contrast(self) -> bool:
         """Whether L_ps compares lesions with the rest of their organ, which only lungs are even enough for."""
         return bool(self.weight_pseudo and self.pseudo_contrast) and self.organ == "lungs"
@@ -257,10 +277,9 @@ class GASNetSettings:
             raise UserError(f"Expected {source} to be names and values in braces, found {values!r}.")
         for name in values:
             if name not in cls.names():
-                close = difflib.get_close_matches(str(name), cls.names(), n=1)
-                hint = f" Did you mean '{close[0]}'?" if close else ""
                 raise UserError(
-                    f"Unknown setting '{name}' in {source}.{hint} Valid settings: {', '.join(cls.names())}."
+                    f"Unknown setting '{name}' in {source}.{hint(str(name), cls.names())} Valid settings: "
+                    f"{', '.join(cls.names())}."
                 )
         try:
             return TypeAdapter(cls).validate_python(dict(values))
@@ -285,6 +304,47 @@ class GASNetSettings:
         """
         known = {**NOT_YET, **values} if isinstance(values, Mapping) and values else values
         return cls.from_dict(known, source=source)
+
+    def supervised(self) -> GASNetSettings:
+        """Settings of the supervised baseline: every term that needs a diseased volume is off, nnU-Net's decision."""
+        return self.replace(
+            weight_healthy=self.weight_healthy if self.baseline_healthy else 0.0,
+            weight_mil=0.0,
+            weight_outside=0.0,
+            weight_suspicion=0.0,
+            weight_pseudo=0.0,
+            pasted_share=0.0,
+            weight_adversarial=0.0,
+            weight_generated=0.0,
+            weight_diseased=0.0,
+            weight_reconstruction=0.0,
+            lesion_threshold=0.5,
+        )
+
+    def decisive(self) -> dict[str, Any]:
+        """JSON-compatible values of the settings that a model depends on.
+
+        Those of a term that is off are left out, and so are those that stand at what was done before they were there:
+        a new version of the package asks for no new training where it trains as before.
+        """
+        idle = {"save_every_minutes", "gallery_every_epochs", "baseline_healthy"}
+        for on, names in (
+            (self.needs_generator, OF_GENERATOR),
+            (self.needs_discriminator, OF_DISCRIMINATOR),
+            (self.weight_outside, ("outside_margin_mm",)),
+            (self.weight_healthy, ("healthy_outside",)),
+            (self.weight_pseudo, OF_PSEUDO),
+            (self.weight_pseudo or self.pasted_share, ("paste_strength",)),
+        ):
+            if not on:
+                idle |= set(names)
+        before = json.loads(json.dumps(NOT_YET))
+        values = self.to_dict()
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in idle and not (name in before and value == before[name])
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible values of all settings."""

@@ -35,7 +35,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from gasnet_nnunet.adversary import Adversary, needs_generator
+from gasnet_nnunet.adversary import Adversary
 from gasnet_nnunet.checkpoints import CHECKPOINT_KEY, read_checkpoint, remove_leftovers, write_checkpoint
 from gasnet_nnunet.cohort import COHORT_CACHE, Cohort, abbreviate, read_cohort
 from gasnet_nnunet.decision import HEADS_KEY, decide_at, head_biases, weights_in_training
@@ -405,7 +405,7 @@ class GASNetTrainer(nnUNetTrainer):
             or settings.weight_outside
             or settings.weight_suspicion
             or settings.weight_pseudo
-            or needs_generator(settings)
+            or settings.needs_generator
         )
 
     def _needs_diseased_lungs(self) -> bool:
@@ -737,19 +737,7 @@ class SupervisedBaselineTrainer(GASNetTrainer):
     @classmethod
     def adjust_settings(cls, settings: GASNetSettings) -> GASNetSettings:
         """Switch off every term that needs a diseased volume, and decide as nnU-Net does."""
-        return settings.replace(
-            weight_healthy=settings.weight_healthy if settings.baseline_healthy else 0.0,
-            weight_mil=0.0,
-            weight_outside=0.0,
-            weight_suspicion=0.0,
-            weight_pseudo=0.0,
-            pasted_share=0.0,
-            weight_adversarial=0.0,
-            weight_generated=0.0,
-            weight_diseased=0.0,
-            weight_reconstruction=0.0,
-            lesion_threshold=0.5,
-        )
+        return settings.supervised()
 
 
 class VanillaTrainer(nnUNetTrainer):
@@ -772,6 +760,7 @@ class VanillaTrainer(nnUNetTrainer):
             entry = self.configuration_manager.configuration.get(PLANS_KEY, {})
             source = f"configurations.{configuration}.{PLANS_KEY} of {plans['plans_name']}.json"
             settings = GASNetSettings.from_dict(entry, source=source)
+        # These alone are what a study knows a model of this trainer by (`study.steps.VANILLA_SETTINGS`).
         self.num_epochs = settings.num_epochs
         self.num_iterations_per_epoch = settings.iterations_per_epoch
         self.num_val_iterations_per_epoch = settings.validation_iterations_per_epoch

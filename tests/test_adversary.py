@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gasnet_nnunet.adversary import Adversary, needs_discriminator, needs_generator
+from gasnet_nnunet.adversary import Adversary
 from gasnet_nnunet.intensity import IntensityWindow
 from gasnet_nnunet.losses import HEALTHY, NOT_HEALTHY, judged_as
 from gasnet_nnunet.networks import Topology
@@ -247,8 +247,8 @@ def test_d_learns_to_tell_the_kinds_apart() -> None:
 )
 def test_terms_that_are_off_build_no_network(on: dict[str, Any], generator: bool, discriminator: bool) -> None:
     adversary = adversary_of(**{**OFF, **on})
-    assert (adversary.generator is not None) == generator == needs_generator(adversary.settings)
-    assert (adversary.discriminator is not None) == discriminator == needs_discriminator(adversary.settings)
+    assert (adversary.generator is not None) == generator == adversary.settings.needs_generator
+    assert (adversary.discriminator is not None) == discriminator == adversary.settings.needs_discriminator
     names = [name for name, built in (("generator", generator), ("discriminator", discriminator)) if built]
     assert list(adversary.optimizers) == names
     assert set(adversary.state_dict()) == {*names, *(f"optimizer_{name}" for name in names)}

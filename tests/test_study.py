@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,13 @@ def test_what_an_arm_sets_back_is_written(tmp_path: Path) -> None:
     assert study.arms["back"].equal_time_with is None
     assert study.arms["back"].trainer == "GASNetTrainer"
     assert load_study(write(tmp_path, study.dump())) == study
+
+
+def test_an_edit_of_what_was_written_reaches_the_arms_that_are_like_it(tmp_path: Path) -> None:
+    text = load_study(write(tmp_path, WHOLE)).dump()
+    assert text.count("baseline_healthy: true") == 1
+    edited = load_study(write(tmp_path, text.replace("baseline_healthy: true", "baseline_healthy: false")))
+    assert edited.arms["longer"].settings == {"baseline_healthy": False}
 
 
 def test_a_dataset_may_be_planned_as_a_model_was(tmp_path: Path) -> None:
@@ -187,6 +195,9 @@ def test_command_line_assigns_entries_of_the_study_and_settings(
         ("dataset: 1\narms:\n  a: {settings: {pseudo_margin: 3}}\n", "pseudo_margin: Input should be less than 0.5"),
         ("dataset: 1\narms: {a: {like: gasnett}, gasnet: {}}\n", "there is no arm 'gasnett'. Did you mean 'gasnet'?"),
         ("dataset: 1\narms: {a: {like: b}, b: {like: a}}\n", "in a circle"),
+        ("dataset: 1\narms: {a: {like: [b]}, b: {}}\n", "arms.a.like (line 2): Input should be a valid string"),
+        ("dataset: 1\narms: {a: {like: b}, b: {settings: num_epochs=3}}\n", "arms.b.settings (line 2)"),
+        ("dataset: 1\narms: {a: {like: b, settings: [x]}, b: {}}\n", "arms.a.settings (line 2)"),
         ("dataset: 1\narms:\n  a: {}\n  a: {}\n", "arms.a (line 4): is there twice."),
         ("dataset: 1\narms: {a: {segmenter: vnet}}\n", "Did you mean 'vbnet'?"),
         ("dataset: 1\narms: {a__b: {}}\n", "no '__'"),
@@ -215,6 +226,29 @@ def test_a_mistake_of_the_command_line_is_said_to_be_one(tmp_path: Path) -> None
         load_study(path, {"masks": 1})
     with pytest.raises(UserError, match=r"settings\.num_epoch \(of the command line\): .* Did you mean 'num_epochs'"):
         load_study(path, {"settings": {"num_epoch": 1}})
+
+
+def test_settings_that_are_no_mapping_are_refused_with_those_of_the_command_line_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "dataset: 501\nsettings: [a]\narms: {a: {}}\n")
+    with pytest.raises(UserError, match=r"settings \(line 2\): Input should be a valid dictionary"):
+        load_study(path, {"settings": {"num_epochs": 1}})
+
+
+def test_paths_of_the_command_line_are_found_from_where_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, WHOLE)
+    (tmp_path / "here" / "lungs").mkdir(parents=True)
+    for name in ("model.pth", "patients.json"):
+        (tmp_path / "here" / name).touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    changes: dict[str, Any] = {"plan": {"init_from": "model.pth"}, "groups": {"file": "patients.json"}}
+    monkeypatch.chdir(tmp_path / "here")
+    study = load_study(path, {**changes, "lungs": "~/lungs"})
+    assert study.plan is not None
+    assert study.groups is not None
+    found = (study.plan.init_from, study.groups.file, study.lungs)
+    assert found == tuple(tmp_path / "here" / name for name in ("model.pth", "patients.json", "lungs"))
 
 
 def test_a_model_to_go_on_from_is_found_from_the_studys_folder(tmp_path: Path) -> None:

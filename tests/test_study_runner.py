@@ -20,6 +20,7 @@ import pytest
 import SimpleITK as sitk
 import tiny_dataset
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from scipy.ndimage import binary_erosion
 from tiny_study import ARMS, DATASET, SHORT, listing, opened, run_of, write_study
@@ -35,7 +36,7 @@ from gasnet_nnunet.study.prepare import prepare
 from gasnet_nnunet.study.progress import Estimate
 from gasnet_nnunet.study.pseudo_labels import label_dataset, preprocess_command
 from gasnet_nnunet.study.report import _differences, _figures, _results, _runs, write_report
-from gasnet_nnunet.study.runner import Runner, ended_by_sigterm, find_script
+from gasnet_nnunet.study.runner import Runner, ended_by_signals, find_script
 from gasnet_nnunet.study.steps import WaitingError, epoch_seconds, record_of, state_of, steps_of
 from gasnet_nnunet.study.workspace import Workspace, open_workspace
 
@@ -104,6 +105,9 @@ def test_done_means_with_these_settings_and_whole(crashed: tuple[Path, set[str],
         moved.rename(prediction)
     longer = workspace.study.model_copy(update={"settings": {"num_epochs": 2}})
     assert state_of(Workspace(longer, out, workspace.dataset), run) == "changed"
+    # What the arm's trainer does not use changes nothing.
+    unused = workspace.study.model_copy(update={"settings": {"discriminator_steps": 3, "gallery_every_epochs": 1}})
+    assert state_of(Workspace(unused, out, workspace.dataset), run) == "done"
     # Test cases decide about the prediction alone.
     changed = workspace.study.model_copy(update={"mirroring": True})
     train, predict = steps_of(Workspace(changed, out, workspace.dataset), run, "cpu")
@@ -182,16 +186,17 @@ def test_printed_commands_are_a_script_that_makes_the_runs(
     study_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, script = tmp_path / "out", tmp_path / "study.sh"
-    name = write_study(tmp_path / "files", arms={"supervised": ARMS["supervised"]})
+    name = write_study(tmp_path / "files", arms={arm: ARMS[arm] for arm in ("broken", "supervised")})
     command(name, out=out, device="cpu", commands=True)
     script.write_text(capsys.readouterr().out, encoding="utf-8")
     assert not (out / "runs").exists()
     # A new shell, which knows no more than the script says.
     environment = {name: value for name, value in os.environ.items() if name not in NNUNET_FOLDERS}
     environment["PATH"] = os.pathsep.join([str(Path(find_script("gasnet-nnunet")).parent), environment["PATH"]])
-    ended = subprocess.run(["bash", "-e", script], env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert list(pd.read_csv(out / "runs.csv")["state"]) == ["done"]
+    # A run that fails does not end the script.
+    assert list(pd.read_csv(out / "runs.csv")["state"]) == ["failed", "done"]
 
 
 def test_nothing_is_made_to_print_or_report(study_folders: Path, tmp_path: Path) -> None:
@@ -672,7 +677,7 @@ def test_a_checkpoint_that_was_cut_off_does_not_end_a_run(study_folders: Path) -
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_a_forked_process_dies_of_sigterm_however_young() -> None:
-    with ended_by_sigterm():
+    with ended_by_signals():
         for _ in range(50):
             process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
             process.start()
@@ -682,6 +687,47 @@ def test_a_forked_process_dies_of_sigterm_however_young() -> None:
         with pytest.raises(SystemExit, match="143"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+OUTLIVED = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+from gasnet_nnunet.study.runner import Runner, ended_by_signals
+
+class Sleeper(Runner):
+    def _run(self, run, record):
+        self.watcher = lambda line: os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        sleep = "import time; print(1, flush=True); time.sleep(120)"
+        self.call([sys.executable, "-c", sleep, f"{out}/sleeps"], {}, out / "log", "train")
+
+out = Path(sys.argv[1])
+with ended_by_signals():
+    Sleeper(SimpleNamespace(out=out), "cpu", started=0.0).run(
+        SimpleNamespace(arm="a", deal=SimpleNamespace(name="b"), name="a/b")
+    )
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+def test_no_command_of_a_study_that_was_ended_meets_its_successor(tmp_path: Path, name: str) -> None:
+    status = subprocess.run([sys.executable, "-c", OUTLIVED, str(tmp_path), name], check=False).returncode
+    number = getattr(signal, name)
+    lock = FileLock(tmp_path / "runs" / "a" / "b.lock", timeout=0)
+    alive = subprocess.run(["pgrep", "-f", f"{tmp_path}/sleeps"], capture_output=True, text=True, check=False).stdout
+    if name != "SIGKILL":
+        assert status == 128 + number
+        assert not alive
+        with lock:
+            return
+    # What was killed can end nothing: its command goes on, and the run stays locked until it ends.
+    assert status == -number
+    with pytest.raises(Timeout):
+        lock.acquire()
+    os.kill(int(alive), signal.SIGKILL)
+    with FileLock(lock.lock_file, timeout=10):
+        pass
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")

@@ -198,6 +198,14 @@ def test_groups_of_a_file(tmp_path: Path) -> None:
         read_groups(cases, Groups(file=tmp_path / "a.json", key="scanner"), {})
     with pytest.raises(UserError, match=r"groups\.key is missing"):
         read_groups(cases, Groups(file=tmp_path / "a.json"), {})
+    for text, message in (
+        ("case,scanner\nlabelled_0,x\nlabelled_0,x\nlabelled_0,y\n", "'labelled_0' into two groups, x and y"),
+        ("case,scanner\n", "holds no case"),
+        ("case,scaner\nlabelled_0,x,too many\n", "there are case, scaner"),
+    ):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_groups(cases, Groups(file=tmp_path / "a.csv", key="scanner"), {})
 
 
 def test_patients_of_images_ts_are_known_and_not_learnt_from() -> None:

@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.parallel import cores
 
 DATASET = 901
 DATASET_NAME = "GASNetDemo"
@@ -215,13 +216,12 @@ def make_folder(out: Path, *, overwrite: bool) -> None:
 
 def environment_of_children() -> dict[str, str]:
     """Variables that make nnU-Net quick on such small data."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         # Patches this small are augmented faster than worker processes could hand them over.
         "nnUNet_n_proc_DA": "0",
-        "nnUNet_def_n_proc": str(min(cores, 2)),
+        "nnUNet_def_n_proc": str(min(cores(), 2)),
         "nnUNet_compile": "f",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores())),
         "COLUMNS": "120",
     }
 

@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gasnet_nnunet import __version__
+from gasnet_nnunet.parallel import cores
 
 TRAINER = "GASNetTrainer"
 GIB = 2**30
@@ -131,29 +132,28 @@ def check_search_path() -> Finding:
 
 def check_device(device: dict[str, Any]) -> Finding:
     """What the training would run on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if "error" in device:
         return Finding("device", "problem", device["error"], "Mend or reinstall torch: https://pytorch.org/get-started")
     if device["kind"] == "cuda":
         memory = f"{device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB free"
-        found = f"cuda: {device['name']}, {memory}; {cores} CPU cores"
+        found = f"cuda: {device['name']}, {memory}; {cores()} CPU cores"
         if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
             advice = "torch.compile needs a C compiler: install gcc, or export nnUNet_compile=false"
             return Finding("device", "warning", f"{found}; no C compiler", advice)
         return Finding("device", "ok", found)
     if device["kind"] == "mps":
-        return Finding("device", "ok", f"mps; {cores} CPU cores", "Add `-device mps` to nnUNetv2_train.")
+        return Finding("device", "ok", f"mps; {cores()} CPU cores", "Add `-device mps` to nnUNetv2_train.")
     if shutil.which("nvidia-smi"):
         built = device["built_for_cuda"]
         why = f"it was built for CUDA {built}, newer than the driver" if built else "it was built without CUDA"
         return Finding(
             "device",
             "warning",
-            f"cpu: {cores} cores. There is a GPU, but torch cannot use it ({why})",
+            f"cpu: {cores()} cores. There is a GPU, but torch cannot use it ({why})",
             "Install the torch that fits the driver: https://pytorch.org/get-started",
         )
     advice = "Add `-device cpu` to nnUNetv2_train, and plan with `--preset small`."
-    return Finding("device", "ok", f"cpu: {cores} cores", advice)
+    return Finding("device", "ok", f"cpu: {cores()} cores", advice)
 
 
 def check_requirement(requirement: Requirement, version: str | None) -> Finding:

@@ -118,8 +118,6 @@ def plan(
 
 def _table(planned: Planned, preset: str) -> Table:
     """What was chosen and why."""
-    from gasnet_nnunet.adversary import needs_generator
-
     configuration, geometry, settings = planned.configuration, planned.geometry, planned.settings
     organ = settings.organ
     origin = planned.origin
@@ -142,7 +140,7 @@ def _table(planned: Planned, preset: str) -> Table:
         given = at_most = "that of the checkpoint."
         made_for = "that of the checkpoint, with which a patch is"
         batch_rule = given if batch_size == origin.configuration["batch_size"] else batch_rule
-        alone = "" if needs_generator(settings) else "Of S alone: the terms of G and D are off in its settings."
+        alone = "" if settings.needs_generator else "Of S alone: the terms of G and D are off in its settings."
         row("weights", f"{origin.trainer} on {origin.plans['dataset_name']}", f"{origin.path}.", alone)
     row("patch (Z Y X)", _times(geometry.patch_size), given, *geometry.remarks)
     row(

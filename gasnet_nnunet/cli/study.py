@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.errors import UserError, hint
 
 if TYPE_CHECKING:
     from gasnet_nnunet.study.runner import Runner
@@ -69,7 +69,7 @@ def study(
     with console.status("Loading nnU-Net"):
         from gasnet_nnunet.study.prepare import prepare
         from gasnet_nnunet.study.slurm import Cluster
-        from gasnet_nnunet.study.workspace import UnpreparedError, keep_study
+        from gasnet_nnunet.study.workspace import STUDY, UnpreparedError, keep_study
 
     started = time.monotonic()
     cluster = Cluster(loaded, folder) if slurm else None
@@ -85,24 +85,28 @@ def study(
             console.print(escape(line))
         console.print("Once it has ended, the same command again submits the runs.")
         return
+    from gasnet_nnunet.cohort import abbreviate
+    from gasnet_nnunet.study.runner import Runner, ended_by_signals
+    from gasnet_nnunet.study.steps import needs_redo, state_of
+
+    changed = [run.name for run in runs if needs_redo(workspace, run, chosen_device)]
+    if changed and not (redo or commands):
+        again = (
+            "To leave them out of the tables, add --redo."
+            if report
+            else f"To make them again, add --redo; what they have left is moved to {folder / 'superseded'}."
+        )
+        raise UserError(
+            f"{len(changed)} of {len(runs)} runs were made with other settings, plans or cases than the study asks for "
+            f"now, or wait for such a run: {abbreviate(changed, LISTED)}. To keep them, ask for what was asked for "
+            f"before (--set, the file; {folder / STUDY} holds all of it). {again}"
+        )
     if report:
         _end(workspace, console)
         return
     # What is printed with --commands is a script.
     comment = "# " if commands else ""
     console.print(comment + plan.replace("\n", f"\n{comment}"))
-    from gasnet_nnunet.cohort import abbreviate
-    from gasnet_nnunet.study.runner import Runner, ended_by_sigterm
-    from gasnet_nnunet.study.steps import needs_redo, state_of
-
-    changed = [run.name for run in runs if needs_redo(workspace, run, chosen_device)]
-    if changed and not (redo or commands):
-        raise UserError(
-            f"{len(changed)} of {len(runs)} runs were made with other settings, plans or cases than the study asks for "
-            f"now, or wait for such a run: {abbreviate(changed, LISTED)}. To keep them, ask for what was asked for "
-            "before (--set, the file). To make them again, add --redo; what they have left is moved to "
-            f"{folder / 'superseded'}."
-        )
     earlier = keep_study(folder, loaded)
     if earlier is not None:
         console.print(
@@ -118,12 +122,14 @@ def study(
         console.print(f"Once they have ended: [bold]{escape(_again(workspace))} --report[/]")
         return
     runner = Runner(workspace, chosen_device, started=started)
-    try:
-        with ended_by_sigterm():
+    with ended_by_signals():
+        try:
             _run(runner, runs, console)
-    finally:
+        finally:
+            runner.note_time()
+        unscored = _end(workspace, console)
+        # What the tables took is told by the next ones.
         runner.note_time()
-    unscored = _end(workspace, console)
     left = [run.name for run in runs if run.name in unscored or state_of(workspace, run, chosen_device) != "done"]
     if left:
         raise UserError(
@@ -134,8 +140,6 @@ def study(
 
 def _chosen(workspace: Workspace, only: list[str]) -> list[Run]:
     """The runs that are asked for."""
-    from gasnet_nnunet.study.file import hint
-
     chosen = []
     for wanted in only:
         found = [run for run in workspace.runs if wanted in (run.arm, run.name)]
@@ -230,7 +234,12 @@ def _run(runner: Runner, runs: list[Run], console: Console) -> None:
             left = Estimate(workspace, todo[number:]).text() if number < len(todo) else "that was the last"
             taken = duration(time.monotonic() - start)
             console.print(f"{number}/{len(todo)} {run.name}: [{colour}]{state}[/] in {taken}, {left}")
-            if state != "done" and record.get("reason"):
+            if state == "running elsewhere":
+                console.print(
+                    "  Another process is at it, or a command that has outlived its study (see ps). Wait for it or "
+                    "end it."
+                )
+            elif state != "done" and record.get("reason"):
                 console.print(f"  [red]{escape(str(record['reason']))}[/]")
 
 

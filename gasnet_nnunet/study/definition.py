@@ -18,6 +18,9 @@ from gasnet_nnunet.settings import GASNetSettings
 OUR_TRAINERS = ("GASNetTrainer", "SupervisedBaselineTrainer", "VanillaTrainer")
 """Trainers that take their length and all else from the plans."""
 
+OWN = ("title", "like", "equal_time_with", "init_from")
+"""What an arm does not take from the one that it is like."""
+
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -254,4 +257,21 @@ class Study(Part):
         """The study as YAML, which `load_study` reads again."""
         # What an arm sets back to a default, over what the arm that it is `like` says, has to be said again.
         content = self.model_dump(mode="json", exclude_unset=True)
+        # What it takes from there is left out, so that an edit of that arm reaches both.
+        content["arms"] = {
+            key: _its_own(arm, content["arms"].get(arm.get("like"))) for key, arm in content["arms"].items()
+        }
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _its_own(arm: Mapping[str, Any], like: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an arm says beside what it takes from another one."""
+    if like is None:
+        return dict(arm)
+    taken = {name: value for name, value in like.items() if name not in OWN}
+    own = {name: value for name, value in arm.items() if name not in taken or value != taken[name]}
+    if "settings" in own and "settings" in taken:
+        theirs = taken["settings"]
+        mine = own["settings"].items()
+        own["settings"] = {name: value for name, value in mine if name not in theirs or value != theirs[name]}
+    return own

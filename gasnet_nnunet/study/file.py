@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import io
 import os
@@ -16,12 +15,21 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from gasnet_nnunet.errors import UserError
+from gasnet_nnunet.errors import UserError, hint
 from gasnet_nnunet.settings import GASNetSettings, plans_folder, preset_names
-from gasnet_nnunet.study.definition import OUR_TRAINERS, Arm, Groups, Part, Phantoms, Plan, PseudoLabels, Slurm, Study
+from gasnet_nnunet.study.definition import (
+    OUR_TRAINERS,
+    OWN,
+    Arm,
+    Groups,
+    Part,
+    Phantoms,
+    Plan,
+    PseudoLabels,
+    Slurm,
+    Study,
+)
 
-OWN = ("title", "like", "equal_time_with", "init_from")
-"""What an arm does not take from the one that it is like."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 NOT_ASSIGNED = ("settings", "arms", "seed")
 """Entries of a study that are not assigned by name: `seed` alone is that of the trainings, a setting."""
@@ -83,7 +91,9 @@ def load_study(name_or_file: str, changes: Mapping[str, Any] | None = None) -> S
     problems.find_twins(root, ())
     content = {**content, **changes}
     if settings:
-        content["settings"] = {**(content.get("settings") or {}), **settings}
+        # What is no mapping is refused below, with its line.
+        old = content.get("settings") or {}
+        content["settings"] = {**old, **settings} if isinstance(old, dict) else old
     content = _inherit(content, problems)
     problems.raise_them()
     if "masks" in changes:
@@ -98,12 +108,6 @@ def load_study(name_or_file: str, changes: Mapping[str, Any] | None = None) -> S
     _check(study, problems)
     problems.raise_them()
     return _absolute(study, path.parent)
-
-
-def hint(name: str, valid: Sequence[str]) -> str:
-    """' Did you mean ...?' where something valid is close, else nothing."""
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def trainer_names() -> list[str]:
@@ -216,7 +220,7 @@ def _inherit(content: dict[str, Any], problems: _Problems) -> dict[str, Any]:
     def resolve(key: Any, chain: tuple[Any, ...]) -> dict[str, Any]:
         arm = dict(arms[key] or {})
         like = arm.get("like")
-        if like is None:
+        if like is None or not isinstance(like, str | int):
             return arm
         if like not in arms:
             problems.add(("arms", key, "like"), f"there is no arm '{like}'.{hint(str(like), list(map(str, arms)))}")
@@ -225,7 +229,10 @@ def _inherit(content: dict[str, Any], problems: _Problems) -> dict[str, Any]:
             problems.add(("arms", key, "like"), "arms are like each other in a circle.")
             return arm
         model = {name: value for name, value in resolve(like, (*chain, key)).items() if name not in OWN}
-        settings = {**(model.get("settings") or {}), **(arm.get("settings") or {})}
+        parts = [each.get("settings") or {} for each in (model, arm)]
+        if not all(isinstance(part, dict) for part in parts):
+            return {**model, **arm}  # refused with its line, once it is read as a study
+        settings = {name: value for part in parts for name, value in part.items()}
         return {**model, **arm, **({"settings": settings} if settings else {})}
 
     return {**content, "arms": {key: resolve(key, ()) for key in arms}}
@@ -236,10 +243,11 @@ def _from_here(changes: Mapping[str, Any]) -> dict[str, Any]:
     here = dict(changes)
     for name in ("truth", "lungs"):
         if isinstance(here.get(name), str):
-            here[name] = str(Path(here[name]).absolute())
-    groups = here.get("groups")
-    if isinstance(groups, dict) and isinstance(groups.get("file"), str):
-        here["groups"] = {**groups, "file": str(Path(groups["file"]).absolute())}
+            here[name] = str(_resolved(Path.cwd(), here[name]))
+    for name, entry in (("groups", "file"), ("plan", "init_from")):
+        part = here.get(name)
+        if isinstance(part, dict) and isinstance(part.get(entry), str):
+            here[name] = {**part, entry: str(_resolved(Path.cwd(), part[entry]))}
     if isinstance(here.get("settings"), dict):
         here["settings"] = _start_from(here["settings"], Path.cwd())
     return here
@@ -250,7 +258,12 @@ def _start_from(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     checkpoint = settings.get("init_from")
     if not isinstance(checkpoint, str):
         return settings
-    return {**settings, "init_from": str((folder / Path(checkpoint).expanduser()).resolve())}
+    return {**settings, "init_from": str(_resolved(folder, checkpoint))}
+
+
+def _resolved(folder: Path, path: str | Path) -> Path:
+    """A path as it was written down in a folder, perhaps beginning with `~`."""
+    return (folder / Path(path).expanduser()).resolve()
 
 
 def _narrow(content: Mapping[str, Any], masks: Any) -> None:
@@ -362,16 +375,16 @@ def _absolute(study: Study, folder: Path) -> Study:
     for name in ("truth", "lungs"):
         path = getattr(study, name)
         if path is not None:
-            changes[name] = (folder / path).resolve()
+            changes[name] = _resolved(folder, path)
             if not changes[name].is_dir():
                 raise UserError(f"{name} of the study is {changes[name]}, and there is no such folder.")
     if study.groups is not None:
-        file = (folder / study.groups.file).resolve()
+        file = _resolved(folder, study.groups.file)
         if not file.is_file():
             raise UserError(f"groups.file of the study is {file}, and there is no such file.")
         changes["groups"] = study.groups.model_copy(update={"file": file})
     if study.plan is not None and study.plan.init_from is not None:
-        checkpoint = (folder / study.plan.init_from.expanduser()).resolve()
+        checkpoint = _resolved(folder, study.plan.init_from)
         if not checkpoint.is_file():
             raise UserError(f"plan.init_from of the study is {checkpoint}, and there is no such file.")
         changes["plan"] = study.plan.model_copy(update={"init_from": checkpoint})

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ from gasnet_nnunet.study.workspace import Run, Workspace, superseded
 SESSIONS = "time.json"
 LAST_LINES = 12
 SECONDS_BETWEEN_LOOKS = 0.5
-TERMINATED = 143
 CUT_OFF = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """Signals by which a cluster or a user ends what has done nothing wrong."""
 Watcher = Callable[[str], None]
@@ -97,22 +96,26 @@ class Runner:
         self.workspace, self.device = workspace, device
         self.watcher = watcher or (lambda line: None)
         self.clock = Clock(started=started)
+        self._locks: tuple[int, ...] = ()
 
     def run(self, run: Run) -> str:
         """Do what is missing of a run, and score it.
 
         Returns:
             "done", "failed" where a command of it crashed, or "unfinished" where one was ended from outside; the record
-            says why.
+            says why. "running elsewhere" where another process is at it, or a command that has outlived its study.
         """
         record = record_of(self.workspace, run)
         record.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(record.path.with_suffix(".lock"), timeout=0):
+            with FileLock(record.path.with_suffix(".lock"), timeout=0) as lock:
+                self._locks = _descriptors(lock)
                 record = record_of(self.workspace, run)
                 return self._run(run, record)
         except Timeout:
             return "running elsewhere"
+        finally:
+            self._locks = ()
 
     def _run(self, run: Run, record: RunRecord) -> str:
         record.note(arm=run.arm, number=run.number, reason="", **_numbers(run))
@@ -228,6 +231,8 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     env={**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **environment},
                     start_new_session=os.name != "nt",
+                    # Where this process is killed, the run stays locked until its command has ended.
+                    pass_fds=self._locks,
                 )
                 with _ended(process):
                     running = True
@@ -253,18 +258,31 @@ class Runner:
             raise RunError(f"{command[0]} ended with {status}; log: {log}; last lines:\n" + "\n".join(last))
 
 
+def _descriptors(lock: FileLock) -> tuple[int, ...]:
+    """What holds a lock, for a command to hold it too."""
+    descriptor = lock._context.lock_file_fd
+    return () if os.name == "nt" or descriptor is None else (descriptor,)
+
+
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does, so that no command goes on alone; those it forks are simply killed."""
-    before = signal.signal(signal.SIGTERM, _exit)
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a terminal that is closed end this process as Ctrl-C does, so that no command goes on alone.
+
+    Those that it forks are simply killed.
+    """
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, _exit) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _exit(*_: Any) -> None:
-    sys.exit(TERMINATED)
+def _exit(number: int, _: Any) -> None:
+    sys.exit(128 + number)
 
 
 def _hold_sigterm() -> None:
@@ -308,6 +326,10 @@ def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
                     continue
                 except ProcessLookupError:
                     break
+        if os.name != "nt":
+            # Workers of a command that was killed itself wait for it for ever, and hold what it held.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def find_script(name: str) -> str:

@@ -25,7 +25,7 @@ from gasnet_nnunet.raw_dataset import NNUNET_FOLDERS, read_json
 from gasnet_nnunet.study.definition import Study
 from gasnet_nnunet.study.file import load_study
 from gasnet_nnunet.study.prepare import prepare
-from gasnet_nnunet.study.runner import Runner, ended_by_sigterm
+from gasnet_nnunet.study.runner import Runner, ended_by_signals
 from gasnet_nnunet.study.steps import state_of
 from gasnet_nnunet.study.workspace import STUDY, Run, Workspace
 
@@ -192,7 +192,7 @@ class RunsJob:
         started = time.monotonic()
         _exit_when_cut_off()
         # submitit ignores SIGTERM, and so would worker processes: a pool that ends them by it would wait for ever.
-        with ended_by_sigterm():
+        with ended_by_signals():
             workspace, device = prepare(load_study(str(self.out / STUDY)), self.out, Console(quiet=True), make=False)
             runner = Runner(workspace, device, started=started)
             try:
@@ -217,7 +217,7 @@ def prepare_job(study: Study, out: Path, environment: Mapping[str, str]) -> None
     """
     os.environ.update(environment)
     started = time.monotonic()
-    with ended_by_sigterm():
+    with ended_by_signals():
         workspace, device = prepare(study, out, Console())
         for deal in workspace.deals:
             workspace.test_set(deal)

@@ -358,12 +358,21 @@ def _read_groups(groups: Groups) -> dict[str, str]:
             content: Any = json.loads(text)
             rows = content if isinstance(content, dict) else {}
         else:
-            rows = {row["case"]: row for row in csv.DictReader(text.splitlines())}
+            table = list(csv.DictReader(text.splitlines()))
+            rows = {row["case"]: row for row in table}
+            for row in table:
+                if groups.key is not None and row.get(groups.key) != (other := rows[row["case"]].get(groups.key)):
+                    raise UserError(
+                        f"{groups.file} puts the case '{row['case']}' into two groups, {row.get(groups.key)} and "
+                        f"{other}. Leave one row."
+                    )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
         raise UserError(
             f"{groups.file} cannot be read ({error}). Expected JSON with an entry for each case, or CSV with a column "
             "'case'."
         ) from None
+    if not rows:
+        raise UserError(f"{groups.file} holds no case. Expected an entry (JSON) or a row (CSV) for each case.")
     if groups.key is None:
         flat = {case: value for case, value in rows.items() if isinstance(value, str | int)}
         if not flat:
@@ -375,6 +384,6 @@ def _read_groups(groups: Groups) -> dict[str, str]:
         if isinstance(row, Mapping) and row.get(groups.key) not in (None, "")
     }
     if not found:
-        known = sorted({name for row in rows.values() if isinstance(row, Mapping) for name in row})
+        known = sorted({str(name) for row in rows.values() if isinstance(row, Mapping) for name in row if name})
         raise UserError(f"groups.key '{groups.key}' stands nowhere in {groups.file}; there are {', '.join(known)}.")
     return found

@@ -6,6 +6,7 @@ step counts as done if its record holds this fingerprint and its files are there
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from zipfile import is_zipfile
 
 from gasnet_nnunet.files import read_json, write_json, write_text
 from gasnet_nnunet.parallel import cores
+from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 from gasnet_nnunet.study.definition import OUR_TRAINERS
 from gasnet_nnunet.study.workspace import Run, TestSet, Workspace, fingerprint, link, superseded
 
@@ -23,6 +25,8 @@ EPOCH_TIME = re.compile(r"Epoch time: ([0-9.]+) s")
 EPOCH = re.compile(r": Epoch (\d+)\s*$")
 VANILLA_UPDATES = 250
 """Updates of an epoch of nnU-Net's own trainers."""
+VANILLA_SETTINGS = ("num_epochs", "iterations_per_epoch", "validation_iterations_per_epoch", "seed")
+"""Settings that VanillaTrainer takes its length and its seed from."""
 FEW_CORES = 4
 """With so many, nnU-Net's prediction is quicker without worker processes, each of which imports torch."""
 Call = Callable[[Sequence[str], Mapping[str, str]], None]
@@ -239,7 +243,7 @@ class _Chain:
         self.last = fingerprint(
             self.last,
             self.arm.trainer,
-            {**plans, "plans_name": plans_name},
+            {**_decisive(plans, self.study.configuration, self.arm.trainer), "plans_name": plans_name},
             entry,
             workspace.data_fingerprint(run.arm, entry),
         )
@@ -330,6 +334,20 @@ class _Chain:
         made = (preprocessed / "splits_final.json",)
         old = (folder / "nnUNet_preprocessed", folder / "nnUNet_raw")
         return Step(f"round{number}_label", "label", self.last, made, work, old, (command,))
+
+
+def _decisive(plans: Mapping[str, Any], configuration: str, trainer: str) -> dict[str, Any]:
+    """Plans with those settings alone that a model of a trainer depends on: D's updates change no baseline."""
+    decisive = copy.deepcopy(dict(plans))
+    entry = decisive["configurations"][configuration]
+    settings = GASNetSettings.from_dict(entry[PLANS_KEY])
+    if trainer == "SupervisedBaselineTrainer":
+        settings = settings.supervised()
+    values = settings.decisive()
+    if trainer == "VanillaTrainer":
+        values = {name: value for name, value in values.items() if name in VANILLA_SETTINGS}
+    entry[PLANS_KEY] = values
+    return decisive
 
 
 @dataclass(frozen=True)

@@ -248,10 +248,6 @@ class Workspace:
             }
         return self._file_sizes[folder]
 
-    def splits(self) -> list[dict[str, Any]]:
-        """The study's folds by number."""
-        return list(json.loads((self.preprocessed / SPLITS).read_text(encoding="utf-8")))
-
     def test_set(self, deal: Deal) -> TestSet:
         """The test cases of a run, linked and with lung masks, made when they are first asked for or have changed.
 
