@@ -22,10 +22,12 @@ from rich.markup import escape
 from gasnet_nnunet.cohort import abbreviate
 from gasnet_nnunet.comparison_figures import plot_case, plot_comparison
 from gasnet_nnunet.comparison_inputs import CaseFiles, Model
+from gasnet_nnunet.devices import check_device
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import (
     STARTING_SECONDS,
     check_references,
+    check_scans,
     differences_text,
     evaluate_files,
     independent_units,
@@ -112,6 +114,9 @@ def compare_models(
     healthy = check_references(
         cases.references, labels=options["labels"], ignore_label=options["ignore_label"], num_processes=num_processes
     )
+    if any(model.folds for model in models):
+        check_scans([path for paths in cases.images.values() for path in paths], num_processes=num_processes)
+        check_device(device)
     make_folder(folder)
     write_json(folder / MARKER, _provenance(models, cases, reference, tolerance_mm))
     notes = list(cases.notes)
@@ -153,9 +158,11 @@ def compare_models(
     differences = paired_differences(frames, reference=reference, patients=cases.patients)
     notes += _remarks(frames)
     groups = pd.DataFrame(index=pd.Index(list(cases.references), name="case")) if groups is None else groups
+    result = Comparison(folder, frames, differences, reference, groups, tuple(notes), seconds, cases.patients)
+    # A fault in a figure costs no table; what the figures take is in the second writing.
+    write_results(result, tolerance_mm=tolerance_mm)
     _draw(folder, done, cases, frames, num_processes, progress)
     seconds["compare"] = time.monotonic() - clock
-    result = Comparison(folder, frames, differences, reference, groups, tuple(notes), seconds, cases.patients)
     write_results(result, tolerance_mm=tolerance_mm)
     return result
 
@@ -329,6 +336,7 @@ def _draw(
             "image": images[0],
             "reference": cases.references[case],
             "predictions": {model.name: model.predictions[case] for model in models},
+            "ignore_label": cases.labels.ignore if cases.labels else None,
         }
         for case, images in cases.images.items()
     ]

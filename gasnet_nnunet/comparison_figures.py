@@ -70,6 +70,7 @@ def plot_overlays(
     predictions: Mapping[str, Path],
     cases: Sequence[str],
     file_ending: str = ".nii.gz",
+    ignore_label: int | None = None,
     window: Window = LUNG_WINDOW,
 ) -> None:
     """Draw what each model found in a few cases, as Fig. 9 of the paper: the slice with most lesion of each.
@@ -81,6 +82,7 @@ def plot_overlays(
         predictions: Folder of the predicted label maps of each model.
         cases: The cases to draw.
         file_ending: Ending of all files.
+        ignore_label: Value of the reference where nothing is known, so that nothing is drawn there.
         window: Intensities shown as black and as white.
 
     Raises:
@@ -91,7 +93,8 @@ def plot_overlays(
         name = f"{case}{file_ending}"
         image = images / f"{case}_0000{file_ending}"
         found = {model: folder / name for model, folder in predictions.items()}
-        scan = _Scan.read(case, image if image.exists() else images / name, references / name, found, window)
+        place = image if image.exists() else images / name
+        scan = _Scan.read(case, place, references / name, found, window, ignore_label)
         rows.append((scan, scan.slices()[0]))
     _draw_overlays(path, rows)
 
@@ -103,6 +106,7 @@ def plot_case(
     image: Path,
     reference: Path,
     predictions: Mapping[str, Path],
+    ignore_label: int | None = None,
     window: Window = LUNG_WINDOW,
 ) -> None:
     """Draw what each model found in one case: the slices with most lesion, most missed and most false alarms.
@@ -113,12 +117,13 @@ def plot_case(
         image: Its CT.
         reference: Its true label map.
         predictions: Predicted label map of each model.
+        ignore_label: As in `plot_overlays`.
         window: Intensities shown as black and as white, if the image has air as dark as a CT's.
 
     Raises:
         UserError: As in `plot_overlays`.
     """
-    scan = _Scan.read(case, image, reference, predictions, window)
+    scan = _Scan.read(case, image, reference, predictions, window, ignore_label)
     _draw_overlays(path, [(scan, position) for position in scan.slices()])
 
 
@@ -158,7 +163,15 @@ class _Scan:
     window: Window
 
     @classmethod
-    def read(cls, case: str, image: Path, reference: Path, predictions: Mapping[str, Path], window: Window) -> _Scan:
+    def read(
+        cls,
+        case: str,
+        image: Path,
+        reference: Path,
+        predictions: Mapping[str, Path],
+        window: Window,
+        ignore_label: int | None,
+    ) -> _Scan:
         truth, grid = read_volume(reference)
         arrays = []
         for path in (image, *predictions.values()):
@@ -171,8 +184,9 @@ class _Scan:
         if values.min() > HIGHEST_AIR:
             low, high = (float(value) for value in np.percentile(values, (0.5, 99.5)))
             window = low, high
-        found_by = {model: mask > 0 for model, mask in zip(predictions, masks, strict=True)}
-        return cls(case, values, truth[turn] > 0, found_by, grid.spacing, window)
+        known = truth[turn] != ignore_label if ignore_label is not None else np.ones(values.shape, bool)
+        found_by = {model: (mask > 0) & known for model, mask in zip(predictions, masks, strict=True)}
+        return cls(case, values, (truth[turn] > 0) & known, found_by, grid.spacing, window)
 
     def slices(self) -> list[int]:
         """The slice with most lesion, then those with most missed and most false alarms of all models together."""

@@ -12,6 +12,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
+from gasnet_nnunet.devices import choose_device
 from gasnet_nnunet.networks import Topology, build_discriminator, build_generator
 from gasnet_nnunet.segmenters import SEGMENTERS, segmenter_of
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
@@ -99,7 +100,7 @@ def estimate_cost(configuration: dict[str, Any], *, channels: int, labels: int, 
         voxels: Voxels of all cases at the target spacing.
     """
     settings = GASNetSettings.from_dict(configuration[PLANS_KEY])
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = choose_device(mps=True)
     patch = tuple(configuration["patch_size"])
     arch = configuration["architecture"]
     batch_size = configuration["batch_size"]

@@ -187,6 +187,19 @@ def check_references(
     return [case for case, result in zip(references, results, strict=True) if result is False]
 
 
+def check_scans(scans: Sequence[Path], *, num_processes: int = 1) -> None:
+    """Read scans whole: nnU-Net takes half of a compressed file for all of it, and predicts the rest as it may.
+
+    Args:
+        scans: The files, one a channel.
+        num_processes: Files read at a time.
+
+    Raises:
+        UserError: A file is no image, not whole, or has NaN; all of them are named.
+    """
+    raise_problems([said for said in run_jobs(_fault, scans, num_processes=num_processes) if said], "the scans")
+
+
 def summarise(frames: Mapping[str, pd.DataFrame], *, metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Mean and standard deviation over the cases.
 
@@ -378,6 +391,15 @@ def _evaluate(job: _Job) -> dict[str, float] | str:
         return score_case(prediction, reference, lung=lung, spacing=(z, y, x), **job.options)
     except UserError as error:
         return str(error)
+
+
+def _fault(scan: Path) -> str:
+    """What is wrong with a scan; nothing if it can be read."""
+    try:
+        read_volume(scan)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _has_lesion(job: _Job) -> bool | str:

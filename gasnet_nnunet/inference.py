@@ -24,6 +24,7 @@ from torch.nn import functional
 from gasnet_nnunet import __version__
 from gasnet_nnunet.checkpoints import read_checkpoint
 from gasnet_nnunet.decision import carried_logit
+from gasnet_nnunet.devices import choose_device
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.intensity import IntensityWindow, normalised_to_hu
 from gasnet_nnunet.losses import lesion_logit
@@ -112,7 +113,7 @@ class LoadedModel:
         self.folder = folder
         self.checkpoint = CHECKPOINTS.get(checkpoint, checkpoint)
         self.folds = _find_folds(folder, folds, self.checkpoint)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(choose_device(device))
         if not 0 < step_size <= 1:
             raise UserError(f"The step of the sliding window is {step_size:g}; expected above 0 and at most 1.")
         contents = [read_checkpoint(path) for path in self._files()]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gasnet_nnunet.devices import choose_device
 from gasnet_nnunet.files import file_stamp, read_json, write_json
 
 RECORD = "predicted.json"
@@ -74,7 +75,7 @@ def _predictor(model: Path, checkpoints: Sequence[Path], device: str | None) -> 
 
     from gasnet_nnunet.trained_model import load_predictor
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(choose_device(device))
     folds = [checkpoint.parent.name.removeprefix("fold_") for checkpoint in checkpoints]
     return load_predictor(model, folds, checkpoints[0].name, where)
 

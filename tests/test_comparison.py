@@ -391,7 +391,7 @@ def test_command_prints_the_table(data: Path) -> None:
         (["-m", "=x"], "expected NAME=FOLDER"),
         (["-m", "a=nowhere"], "There is no folder nowhere"),
         (["-tr", "nnUNetTrainer"], "name it with -d"),
-        (["-device", "tpu"], "--device is 'tpu'"),
+        (["-device", "tpu"], "The device is 'tpu'"),
     ],
 )
 def test_command_refuses(words: list[str], message: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from gasnet_nnunet.evaluation import (
     METRICS,
     PAPER_METRICS,
     check_references,
+    check_scans,
     differences_text,
     evaluate_files,
     evaluate_folder,
@@ -253,6 +254,29 @@ def test_single_classes_and_many_models_are_shown(tmp_path: Path) -> None:
     assert markdown_table(frames).splitlines()[0] == "| Model | Dice % | Dice ggo % |"
     plot_comparison(frames, tmp_path / "many.png")
     assert imread(tmp_path / "many.png").std() > 0.05
+
+
+def test_nothing_is_drawn_where_nothing_is_known(folders: Path) -> None:
+    truth = HALF.copy()
+    truth[-1] = 2  # ignored, of which nothing is found
+    write(folders / "reference/ill.nii.gz", truth)
+    files = {"image": folders / "ct/ill_0000.nii.gz", "reference": folders / "reference/ill.nii.gz"}
+    predictions = {"poor": folders / "poor/ill.nii.gz"}
+    write(predictions["poor"], HALF)
+    pictures = {}
+    for name, ignore in (("known", None), ("ignored", 2)):
+        plot_case(folders / f"{name}.png", case="ill", predictions=predictions, ignore_label=ignore, **files)
+        pictures[name] = imread(folders / f"{name}.png")[..., :3]
+    green = {name: ((p[..., 1] > 0.5) & (p[..., 0] < 0.35) & (p[..., 2] < 0.5)).any() for name, p in pictures.items()}
+    assert green == {"known": True, "ignored": False}
+
+
+def test_scans_are_read_whole(folders: Path) -> None:
+    scan = folders / "ct/ill_0000.nii.gz"
+    check_scans([scan])
+    scan.write_bytes(scan.read_bytes()[: scan.stat().st_size // 2])
+    with pytest.raises(UserError, match="ill_0000"):
+        check_scans([scan, folders / "ct/well_0000.nii.gz"])
 
 
 def test_case_is_drawn_where_lesion_misses_and_false_alarms_are(folders: Path) -> None:

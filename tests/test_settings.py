@@ -190,3 +190,17 @@ def test_the_paper_preset_is_the_paper() -> None:
 def test_an_unknown_preset_is_refused_with_the_existing_ones() -> None:
     with pytest.raises(UserError, match=r"'papers'.*default.*paper.*small"):
         load_preset("papers")
+
+
+def test_a_model_depends_on_nothing_of_a_term_that_is_off() -> None:
+    whole = GASNetSettings()
+    assert {"pseudo_start", "learning_rate_d", "generator_features"} <= set(whole.decisive())
+    baseline = GASNetSettings(baseline_healthy=True).supervised()
+    assert baseline.decisive()["weight_healthy"] == 1
+    for name, value in (("discriminator_steps", 9), ("pseudo_margin", 0.2), ("paste_strength", (0.1, 0.2))):
+        assert whole.replace(**{name: value}).decisive() != whole.decisive()
+        assert baseline.replace(**{name: value}).decisive() == baseline.decisive()
+    assert whole.replace(gallery_every_epochs=7, save_every_minutes=1).decisive() == whole.decisive()
+    assert baseline.replace(num_epochs=7).decisive() != baseline.decisive()
+    # A setting that trains as was done before it was there is not asked for.
+    assert "discriminator_gain" not in whole.replace(discriminator_gain=1.0).decisive()

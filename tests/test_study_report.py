@@ -9,7 +9,7 @@ import pandas as pd
 
 from gasnet_nnunet.evaluation import to_markdown
 from gasnet_nnunet.study.definition import Study
-from gasnet_nnunet.study.report import _cells, _differences
+from gasnet_nnunet.study.report import _cells, _differences, _fitting
 from gasnet_nnunet.study.workspace import Workspace
 
 ARMS = {"supervised": {"title": "Supervised"}, "gasnet": {"title": "GASNet"}}
@@ -55,3 +55,10 @@ def test_differences_are_between_patients() -> None:
     (text,) = _differences(workspace(), RUNS, results)
     assert "over the cases." in text
     assert "| GASNet | Dice % | 3 | +20.0 |" in text
+
+
+def test_overlays_show_what_the_others_are_compared_with() -> None:
+    arms = [f"arm{number}" for number in range(9)]
+    study = Study.model_validate({"dataset": 1, "arms": {arm: {} for arm in arms}, "reference": "arm8"})
+    assert _fitting(study, arms) == ["arm8", "arm0", "arm1", "arm2", "arm3", "arm4"]
+    assert _fitting(study, ["arm2", "arm1"]) == ["arm2", "arm1"]

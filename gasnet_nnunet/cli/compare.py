@@ -9,12 +9,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from gasnet_nnunet.devices import check_device
 from gasnet_nnunet.errors import UserError
 
 if TYPE_CHECKING:
     from gasnet_nnunet.comparison import Comparison
-
-DEVICES = ("cpu", "cuda", "mps")
 
 
 def compare(
@@ -77,8 +76,7 @@ def compare(
     Raises:
         UserError: Models, cases, masks or options that do not fit together; all before anything is predicted.
     """
-    if device not in (None, *DEVICES):
-        raise UserError(f"--device is '{device}', but nnU-Net knows {', '.join(DEVICES)}.")
+    check_device(device)
     if dataset is None and (trainers or plans or configurations):
         raise UserError("-tr, -p and -c choose among the models of a dataset: name it with -d.")
     named = [_named(text) for text in model or ()]

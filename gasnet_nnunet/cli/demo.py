@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from gasnet_nnunet.devices import choose_device
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.parallel import cores
 
@@ -158,11 +159,9 @@ def run_demo(out: Path, size: DemoSize, *, device: str | None, overwrite: bool, 
     os.environ.update(environment)
     _start_loading()
     with console.status("Loading"):
-        import torch
-
         from gasnet_nnunet.phantom import write_phantoms
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     counts = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in size.patients.items())
     console.print(f"[bold]Phantom patients[/]: {counts}, in {escape(str(out / 'phantoms'))}", soft_wrap=True)
     write_phantoms(

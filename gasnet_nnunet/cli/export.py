@@ -9,13 +9,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from gasnet_nnunet.devices import check_device
 from gasnet_nnunet.errors import UserError
 
 if TYPE_CHECKING:
     from gasnet_nnunet.export import Case
     from gasnet_nnunet.trained_model import TrainedModel
-
-DEVICES = ("cpu", "cuda", "mps")
 
 
 def export(
@@ -63,12 +62,12 @@ def export(
     """
     if (dataset is None) == (model is None):
         raise UserError("Name a model either by -d (with -p, -c and -tr) or by its folder with -m.")
-    if device not in (None, *DEVICES):
-        raise UserError(f"--device is '{device}', but nnU-Net knows {', '.join(DEVICES)}.")
+    check_device(device)
     console = Console(highlight=False)
     with console.status("Loading nnU-Net"):
         import torch
 
+        from gasnet_nnunet.devices import choose_device
         from gasnet_nnunet.export import check_output
         from gasnet_nnunet.trained_model import find_model_folder, read_model
 
@@ -82,7 +81,7 @@ def export(
     if onnx:
         _export_onnx(trained, output, case or [], overwrite, console)
         return
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(choose_device(device))
     _export_archive(trained, output, case or [], where, overwrite, console)
 
 

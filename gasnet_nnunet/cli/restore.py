@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gasnet_nnunet.devices import check_device
 from gasnet_nnunet.errors import UserError
-
-DEVICES = ("cpu", "cuda", "mps")
 
 
 def restore(
@@ -65,8 +64,7 @@ def restore(
     """
     if (dataset is None) == (model_folder is None):
         raise UserError("Name the model either by its dataset (-d, with -tr, -p and -c) or by its folder (-m).")
-    if device not in (None, *DEVICES):
-        raise UserError(f"-device is '{device}'; expected {', '.join(DEVICES)}.")
+    check_device(device)
     if out.resolve() == source.resolve():
         raise UserError("-o is the folder of the CTs (-i). Choose another one, or results would be taken for CTs.")
     if out.exists() and not out.is_dir():

@@ -8,12 +8,15 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
+from gasnet_nnunet.devices import check_device, choose_device
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import write_json, write_text
 from gasnet_nnunet.parallel import cores
@@ -26,6 +29,8 @@ PHANTOM_DATASET = 902
 PHANTOM_NAME = "GASNetStudy"
 PHANTOM_RECORD = "phantoms.json"
 UNFINISHED_PLAN = ".unfinished_plan"
+LOCK = "preparation.lock"
+SECONDS_UNTIL_TOLD = 1.0
 MOST_PROCESSES = 8
 LAST_LINES = 12
 
@@ -54,10 +59,37 @@ def prepare(
     check_folder(out)
     for name in ("nnUNetv2_train", "nnUNetv2_predict"):
         find_script(name)
+    if make:  # the node that submits or prints may have another device than those that run
+        check_device(study.device)
     start = time.monotonic()
     if not (out / STUDY).is_file():
         # Whatever an interruption leaves belongs to a study then.
         write_text(out / STUDY, study.dump())
+    with _alone(out, console):
+        study = _make(study, out, console, make=make)
+    made = time.monotonic() - start
+    workspace = open_workspace(study, out, find_lungs=find_lungs)
+    workspace.preparation_seconds = made
+    return workspace, study.device or choose_device(mps=True)
+
+
+@contextmanager
+def _alone(out: Path, console: Console) -> Iterator[None]:
+    """Of two commands that are started together, one makes what both need."""
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=SECONDS_UNTIL_TOLD)
+    except Timeout:
+        console.print("Another command is preparing this study. Waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(study: Study, out: Path, console: Console, *, make: bool) -> Study:
+    """Draw phantom patients and plan, where that is missing; the study with the dataset that there is then."""
     if study.phantoms is not None:
         _make_phantoms(study.phantoms, out, console, make=make)
         # From here on it is a dataset like any other.
@@ -76,10 +108,7 @@ def prepare(
         unfinished.touch()
         _run(command, out, "plan", console)
         unfinished.unlink()
-    made = time.monotonic() - start
-    workspace = open_workspace(study, out, find_lungs=find_lungs)
-    workspace.preparation_seconds = made
-    return workspace, study.device or _device()
+    return study
 
 
 def _make_phantoms(phantoms: Phantoms, out: Path, console: Console, *, make: bool) -> None:
@@ -154,11 +183,3 @@ def _run(command: Sequence[str], out: Path, name: str, console: Console) -> None
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         listed = "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
         raise UserError(f"{' '.join(command)} ended with status {ended.returncode}. Its last lines ({log}):\n{listed}")
-
-
-def _device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

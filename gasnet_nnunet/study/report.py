@@ -7,7 +7,7 @@ counts once, by its mean over those. Differences between arms are taken over pat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,6 +34,7 @@ from gasnet_nnunet.evaluation import (
 )
 from gasnet_nnunet.files import write_figure, write_text
 from gasnet_nnunet.raw_dataset import read_json
+from gasnet_nnunet.study.definition import Study
 from gasnet_nnunet.study.runner import SESSIONS
 from gasnet_nnunet.study.splits import Deal
 from gasnet_nnunet.study.steps import record_of, scores_of, state_of, steps_of
@@ -294,9 +295,15 @@ def _figures(workspace: Workspace, runs: pd.DataFrame, results: pd.DataFrame) ->
         mine = _of_deal(runs, deal)
         if len(mine) and (mine["state"] == "done").all():
             made.append(workspace.out / "overlays.png")
-            _draw_overlays(workspace, deal, list(mine["arm"])[:MOST_COMPARED], results, made[-1])
+            _draw_overlays(workspace, deal, _fitting(workspace.study, mine["arm"]), results, made[-1])
             break
     return made
+
+
+def _fitting(study: Study, arms: Iterable[str]) -> list[str]:
+    """As many arms as fit beside each other, and first the one that the others are compared with."""
+    reference = study.reference or next(iter(study.arms))
+    return sorted(arms, key=lambda arm: arm != reference)[:MOST_COMPARED]
 
 
 def _of_deal(rows: pd.DataFrame, deal: Deal) -> pd.DataFrame:
@@ -319,6 +326,7 @@ def _draw_overlays(workspace: Workspace, deal: Deal, arms: list[str], results: p
         predictions={workspace.study.title_of(arm): workspace.out / "predictions" / arm / deal.name for arm in arms},
         cases=[*spread, *well[:1]],
         file_ending=workspace.ending,
+        ignore_label=workspace.ignore_label,
     )
 
 

@@ -408,8 +408,9 @@ class Workspace:
 
     def _check_test_set(self, folder: Path, cases: Sequence[str]) -> None:
         """Masks that do not match their scans are better known before a training than after it."""
-        from gasnet_nnunet.evaluation import check_references
+        from gasnet_nnunet.evaluation import check_references, check_scans
 
+        check_scans(sorted((folder / "images").iterdir()), num_processes=cores())
         problems = []
         for case in cases:
             expected = read_grid(folder / "images" / f"{case}_0000{self.ending}")
