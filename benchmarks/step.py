@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -37,8 +38,9 @@ def main(
     results: dict[str, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
     for variant in (vanilla, gasnet, summed, parts, loading):
-        with context.Pool(1) as pool:
-            results[variant.__name__] = pool.apply(variant, arguments)
+        # Not a Pool, whose processes may have none of their own, as finding lungs that are missing takes.
+        with ProcessPoolExecutor(1, mp_context=context) as executor:
+            results[variant.__name__] = executor.submit(variant, *arguments).result()
     _print(results, device)
 
 
@@ -168,7 +170,7 @@ def _trainer(name: str, dataset: str, plans: str, configuration: str, device: st
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    # These processes are a pool's, which may have no worker processes of their own.
+    # What loads patches is measured by one process.
     os.environ["nnUNet_n_proc_DA"] = "0"
     os.environ["nnUNet_results"] = tempfile.mkdtemp()
     with open(os.devnull, "w") as silence:

@@ -702,6 +702,7 @@ class Sleeper(Runner):
         self.call([sys.executable, "-c", sleep, f"{out}/sleeps"], {}, out / "log", "train")
 
 out = Path(sys.argv[1])
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
 with ended_by_signals():
     Sleeper(SimpleNamespace(out=out), "cpu", started=0.0).run(
         SimpleNamespace(arm="a", deal=SimpleNamespace(name="b"), name="a/b")
