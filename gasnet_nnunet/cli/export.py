@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gasnet_nnunet.devices import check_device
+from gasnet_nnunet.devices import check_device, choose_device
 from gasnet_nnunet.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def export(
     with console.status("Loading nnU-Net"):
         import torch
 
-        from gasnet_nnunet.devices import choose_device
         from gasnet_nnunet.export import check_output
         from gasnet_nnunet.trained_model import find_model_folder, read_model
 
