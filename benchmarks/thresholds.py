@@ -1,7 +1,7 @@
 """What a trained model would have at other thresholds than the one it was trained to decide at.
 
     nnUNetv2_predict ... --save_probabilities -o PREDICTIONS
-    python benchmarks/thresholds.py PREDICTIONS MASKS LUNGS [--carried 0.7] [--ending .nii.gz]
+    python benchmarks/thresholds.py PREDICTIONS MASKS LUNGS [--carried 0.8] [--ending .nii.gz]
 
 takes nnU-Net's probabilities of one lesion class, and masks and lungs as a study has them in `test/<set>/masks` and
 `test/<set>/lungs`. A model of ours carries its `lesion_threshold` in its heads, so that nnU-Net's 0.5 is what training
@@ -31,7 +31,7 @@ def main(
     predictions: Annotated[Path, typer.Argument(help="Folder of nnU-Net's *.npz", exists=True, file_okay=False)],
     masks: Annotated[Path, typer.Argument(help="Folder of true masks", exists=True, file_okay=False)],
     lungs: Annotated[Path, typer.Argument(help="Folder of lung masks", exists=True, file_okay=False)],
-    carried: Annotated[float, typer.Option(help="The model's lesion_threshold", min=0.01, max=0.99)] = 0.7,
+    carried: Annotated[float, typer.Option(help="The model's lesion_threshold", min=0.01, max=0.99)] = 0.8,
     ending: Annotated[str, typer.Option(help="How the names of the masks end")] = ".nii.gz",
 ) -> None:
     """Measure, and print a table."""

@@ -201,7 +201,7 @@ class GASNetSettings:
     pasted_share: Annotated[float, Field(ge=0.0, le=4.0)] = 2.0
     paste_strength: tuple[Fraction, Fraction] = (0.7, 1.0)
     averaged_iterations: Count = 1
-    lesion_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
+    lesion_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
 
     patches: Literal["auto", "volume", "bag"] = "auto"
     bag_size: Count = 4
