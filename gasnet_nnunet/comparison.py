@@ -38,12 +38,13 @@ from gasnet_nnunet.evaluation import (
 )
 from gasnet_nnunet.files import file_stamp, read_json, write_json, write_text
 from gasnet_nnunet.lungs import segment_lungs
-from gasnet_nnunet.metrics import TOLERANCE_MM
+from gasnet_nnunet.metrics import CLASS_PREFIX, TOLERANCE_MM
 from gasnet_nnunet.organ_masks import VERSION
 from gasnet_nnunet.parallel import run_jobs
 from gasnet_nnunet.prediction import predict_cases
 from gasnet_nnunet.volumes import read_volume, write_volume
 
+MADE_BY = "gasnet-nnunet compare"
 MARKER = "compare.json"
 """What was compared; tells a folder of an earlier comparison from one that holds anything else."""
 LUNGS_RECORD = "computed.json"
@@ -107,18 +108,17 @@ def compare_models(
     """
     reference = reference or models[0].name
     _check_names(models, reference)
-    labels = cases.labels
-    options: dict[str, Any] = {"tolerance_mm": tolerance_mm, "classes": dict(cases.classes)}
-    options |= {"labels": labels.values if labels else None, "ignore_label": labels.ignore if labels else None}
     clock, seconds = time.monotonic(), {}
-    healthy = check_references(
-        cases.references, labels=options["labels"], ignore_label=options["ignore_label"], num_processes=num_processes
-    )
+    cases, healthy = _known(cases, num_processes)
+    options: dict[str, Any] = {"tolerance_mm": tolerance_mm, "classes": dict(cases.classes)}
+    options["ignore_label"] = cases.labels.ignore if cases.labels else None
     if any(model.folds for model in models):
         check_scans([path for paths in cases.images.values() for path in paths], num_processes=num_processes)
         check_device(device)
     make_folder(folder)
-    write_json(folder / MARKER, _provenance(models, cases, reference, tolerance_mm))
+    if not (folder / MARKER).is_file():
+        # What was compared is written with the tables: until then those of an earlier comparison may be there.
+        write_json(folder / MARKER, {"made_by": MADE_BY})
     notes = list(cases.notes)
     lungs, remark = _lungs(cases, healthy, folder, models, num_processes, progress)
     notes += [remark] if remark else []
@@ -130,6 +130,7 @@ def compare_models(
             lungs=lungs,
             num_processes=num_processes,
             description=f"Measuring {escape(model.name)}" if progress else None,
+            labels=model.labels,
             **options,
         )
 
@@ -154,11 +155,14 @@ def compare_models(
             model = replace(model, predictions=predicted)
             measured[model.name] = measure(model)
         done.append(model)
-    frames = {model.name: measured[model.name] for model in models}
+    frames, remark = _with_classes({model.name: measured[model.name] for model in models}, cases)
+    notes += [remark] if remark else []
     differences = paired_differences(frames, reference=reference, patients=cases.patients)
     notes += _remarks(frames)
-    groups = pd.DataFrame(index=pd.Index(list(cases.references), name="case")) if groups is None else groups
+    index = pd.Index(list(cases.references), name="case")
+    groups = pd.DataFrame(index=index) if groups is None else groups.loc[index]
     result = Comparison(folder, frames, differences, reference, groups, tuple(notes), seconds, cases.patients)
+    write_json(folder / MARKER, _provenance(models, cases, reference, tolerance_mm))
     # A fault in a figure costs no table; what the figures take is in the second writing.
     write_results(result, tolerance_mm=tolerance_mm)
     _draw(folder, done, cases, frames, num_processes, progress)
@@ -170,7 +174,10 @@ def compare_models(
 def write_results(result: Comparison, *, tolerance_mm: float) -> None:
     """Write `cases.csv`, `summary.json` and `summary.md` into the folder of a comparison."""
     cases = pd.concat(result.frames, names=["model"])
-    with_groups = result.groups.join(cases, how="right").reorder_levels(["model", "case"])
+    # A manifest may call a column as a metric is called.
+    taken = {*cases.columns, *cases.index.names}
+    groups = result.groups.rename(columns=lambda name: f"{name} (subset)" if name in taken else name)
+    with_groups = groups.join(cases, how="right").reorder_levels(["model", "case"])
     write_text(result.folder / "cases.csv", with_groups.to_csv())
     subsets = subset_frames(result)
     content = {
@@ -212,6 +219,55 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def _known(cases: CaseFiles, num_processes: int) -> tuple[CaseFiles, list[str]]:
+    """Read the masks; the cases of which it is known whether they have a lesion, and those that have none.
+
+    Raises:
+        UserError: A mask cannot be used, or nothing is known of any case.
+    """
+    labels = cases.labels
+    ill = check_references(
+        cases.references,
+        labels=labels.values if labels else None,
+        ignore_label=labels.ignore if labels else None,
+        num_processes=num_processes,
+    )
+    unknown = [case for case, lesion in ill.items() if lesion is None]
+    healthy = [case for case, lesion in ill.items() if lesion is False]
+    if not unknown:
+        return cases, healthy
+    why = "are 'ignore', in part or throughout, and show no lesion elsewhere, so whether there is one is not known"
+    if len(unknown) == len(ill):
+        raise UserError(f"The masks of all {len(ill)} cases {why}: {abbreviate(unknown)}. Name others with --masks.")
+    left_out = f"{len(unknown)} of {len(ill)} cases are left out, because their masks {why}: {abbreviate(unknown)}."
+
+    def of_known(files: Mapping[str, Any]) -> dict[str, Any]:
+        return {case: path for case, path in files.items() if case not in unknown}
+
+    known = replace(
+        cases,
+        references=of_known(cases.references),
+        images=of_known(cases.images),
+        lungs=of_known(cases.lungs),
+        notes=(*cases.notes, left_out),
+    )
+    return known, healthy
+
+
+def _with_classes(frames: Mapping[str, pd.DataFrame], cases: CaseFiles) -> tuple[Mapping[str, pd.DataFrame], str]:
+    """The frames without the Dice of single classes where the masks seem not to tell these apart, and a remark then."""
+    columns = [f"{CLASS_PREFIX}{name}" for name in cases.classes]
+    any_frame = next(iter(frames.values()))
+    absent = [name for name, column in zip(cases.classes, columns, strict=True) if any_frame[column].isna().all()]
+    if not absent or cases.classes_declared:
+        return frames, ""
+    remark = (
+        f"no mask shows {' or '.join(absent)}, so the masks may not tell classes apart and none has a Dice of its own; "
+        "if they do, put a dataset.json with their labels beside them."
+    )
+    return {model: frame.drop(columns=columns) for model, frame in frames.items()}, remark
+
+
 def _check_names(models: Sequence[Model], reference: str) -> None:
     counts = Counter(_file_name(model.name).casefold() for model in models)
     doubled = [model.name for model in models if counts[_file_name(model.name).casefold()] > 1]
@@ -230,7 +286,7 @@ def _file_name(name: str) -> str:
 def _provenance(models: Sequence[Model], cases: CaseFiles, reference: str, tolerance_mm: float) -> dict[str, Any]:
     """What was compared, for whoever finds the folder later."""
     return {
-        "made_by": "gasnet-nnunet compare",
+        "made_by": MADE_BY,
         "models": [
             {
                 "name": model.name,

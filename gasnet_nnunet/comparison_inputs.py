@@ -15,6 +15,7 @@ from gasnet_nnunet.cohort import DeclaredLabels, abbreviate, declared_labels, pa
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import files_of_cases
 from gasnet_nnunet.raw_dataset import read_json
+from gasnet_nnunet.splits import recorded_cases
 from gasnet_nnunet.volumes import grid_difference, read_grid
 
 FINAL = "checkpoint_final.pth"
@@ -34,6 +35,7 @@ class Model:
         checkpoint: File of each fold that predicts.
         predictions: Predicted label map of each case, where they are there.
         dataset_json: nnU-Net's `dataset.json` of it, empty if there is none.
+        learnt: Cases whose validation is taken although training learnt from them, as far as its folder tells.
     """
 
     name: str
@@ -42,6 +44,12 @@ class Model:
     checkpoint: str = FINAL
     predictions: Mapping[str, Path] = field(default_factory=dict)
     dataset_json: Mapping[str, Any] = field(default_factory=dict)
+    learnt: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> frozenset[int] | None:
+        """Values that its predictions may hold; `None` where nothing says so."""
+        return declared_labels(self.dataset_json).values if "labels" in self.dataset_json else None
 
     def checkpoints(self) -> list[Path]:
         """The files that predict."""
@@ -56,8 +64,9 @@ class CaseFiles:
         references: True label map of each case.
         images: Files of the channels of each case; empty without CTs.
         lungs: Lung masks of some cases, or of all.
-        labels: What `dataset.json` declares, if there is one.
+        labels: What the `dataset.json` of the masks declares, else what those of the models agree on.
         classes: Label values of each lesion class, where there are several.
+        classes_declared: Whether the masks' own `dataset.json` says that they tell the classes apart.
         notes: What is odd about it, one sentence each.
         patients: Whom the cases show, as far as it is known.
     """
@@ -67,6 +76,7 @@ class CaseFiles:
     lungs: Mapping[str, Path] = field(default_factory=dict)
     labels: DeclaredLabels | None = None
     classes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    classes_declared: bool = False
     notes: tuple[str, ...] = ()
     patients: Mapping[str, str] = field(default_factory=dict)
 
@@ -84,7 +94,7 @@ def find_model(
     Args:
         name: What it is to be called; its folder's name if `None`.
         folder: A model folder of nnU-Net's, one fold of it, or a folder of predictions, e.g. a fold's `validation`.
-        folds: Folds to take, e.g. `["0", "1"]` or `["all"]`; all trained ones if `None`.
+        folds: Folds to take, e.g. `["0", "1"]` or `["all"]`; all trained ones if `None`. Of one fold's folder, that.
         checkpoint: File of each fold that predicts.
         validation: Take the predictions on the folds' validation cases that training left behind.
 
@@ -95,8 +105,12 @@ def find_model(
         raise UserError(f"There is no folder {folder}. A model is an nnU-Net model folder or a folder of predictions.")
     folder = folder.resolve()
     if folder.name.startswith("fold_") and (folder.parent / "plans.json").is_file():
-        folds = folds or [folder.name.removeprefix("fold_")]
-        folder = folder.parent
+        named = folder.name.removeprefix("fold_")
+        if folds and named not in folds:
+            raise UserError(
+                f"{folder} is fold {named}, but -f takes {', '.join(folds)}. Name its folder, or leave out -f."
+            )
+        folds, folder = [named], folder.parent
     # A fold's folder `validation` has its dataset.json two levels above, nnU-Net's other predictions beside them.
     settings = [place / "dataset.json" for place in (folder, folder.parent.parent) if (place / "plans.json").is_file()]
     dataset_json = read_json(settings[0]) if settings and settings[0].is_file() else {}
@@ -114,7 +128,9 @@ def find_model(
     if missing := [fold for fold in folds or () if fold not in trained]:
         raise UserError(f"{folder} has no fold {missing[0]}; its folds are {', '.join(trained)}.")
     if validation:
-        return replace(model, predictions=_validation(folder, folds or trained, _ending(dataset_json)))
+        folds = list(folds or trained)
+        found = _validation(folder, folds, _ending(dataset_json))
+        return replace(model, predictions=found, learnt=_learnt(folder, folds, sorted(found)))
     return _with_checkpoints(model, folds, trained)
 
 
@@ -187,8 +203,9 @@ def find_cases(
         UserError: A folder is missing or empty, a CT has no mask, a model has no prediction of a case or other cases
             than the others, a channel is missing, the grids of a case differ, or the manifest knows none of the cases.
     """
-    dataset_json = _dataset_json(models, masks)
-    ending = _ending(dataset_json)
+    of_masks = json_of_masks(masks)
+    of_models = [model.dataset_json for model in models if "labels" in model.dataset_json]
+    ending = _ending(of_masks or next((model.dataset_json for model in models if model.dataset_json), {}))
     on_disk = files_of_cases(masks, ending)
     if not on_disk:
         raise UserError(f"There are no masks *{ending} in {masks}.")
@@ -197,7 +214,7 @@ def find_cases(
     if unpredicted and not channels:
         raise UserError(f"{unpredicted[0].name} has yet to predict: name the folder of CTs with --images.")
     predicted = [model for model in models if not model.folds]
-    cases = sorted(channels) if channels and needs_images else _common_cases(predicted)
+    cases = sorted(channels) if channels and needs_images else _common_cases(predicted, needs_images)
     if without := [case for case in cases if case not in on_disk]:
         raise UserError(
             f"{len(without)} of {len(cases)} cases have no mask in {masks}: {abbreviate(without)} (expected e.g. "
@@ -209,7 +226,11 @@ def find_cases(
                 f"{model.name} has no prediction of {len(lacking)} of {len(cases)} cases: {abbreviate(lacking)} "
                 f"(looked in {model.folder}). Models are compared on the same cases: predict these too."
             )
-    notes = []
+    notes = [
+        f"{model.name} has learnt from {abbreviate(model.learnt)}, which says nothing about what it finds in others."
+        for model in models
+        if model.learnt
+    ]
     spare = [case for case in on_disk if case not in cases]
     if spare and needs_images:
         notes.append(f"{len(spare)} masks in {masks} belong to no case that was compared: {abbreviate(spare)}.")
@@ -220,8 +241,9 @@ def find_cases(
         references={case: on_disk[case] for case in cases},
         images={case: channels[case] for case in cases if case in channels},
         lungs={case: found_lungs[case] for case in cases if case in found_lungs},
-        labels=declared_labels(dataset_json) if "labels" in dataset_json else None,
-        classes=lesion_classes([model.dataset_json for model in models if model.dataset_json] or [dataset_json]),
+        labels=_labels([of_masks] if "labels" in of_masks else of_models),
+        classes=lesion_classes([*of_models, *([of_masks] if "labels" in of_masks else [])]),
+        classes_declared="labels" in of_masks,
         notes=tuple(notes),
         patients=_patients(cases, masks, manifest),
     )
@@ -238,7 +260,8 @@ def read_groups(
         cases: The cases.
         columns: Columns of the manifest, or details of `gasnet.cases` in `dataset.json`.
         manifest: CSV or XLSX file with a column `case`, or `image` with file names.
-        dataset_json: Where the details stand without a manifest.
+        dataset_json: Where the details stand without a manifest: that of the masks. A model's would speak of the cases
+            that it learnt from, and others may bear the same names.
 
     Returns:
         A row a case (index `case`), the columns as text, "not given" where a cell is empty.
@@ -252,7 +275,7 @@ def read_groups(
         place = str(manifest)
     else:
         rows = dataset_json.get("gasnet", {}).get("cases", {})
-        place = "dataset.json's gasnet.cases"
+        place = "dataset.json beside the masks, under gasnet.cases,"
     if columns and (unknown := [name for name in names if name not in rows]):
         raise UserError(f"{place} says nothing about {len(unknown)} of {len(names)} cases: {abbreviate(unknown)}.")
     groups = pd.DataFrame(index=pd.Index(names, name="case"))
@@ -284,9 +307,9 @@ def manifest_patients(manifest: Path) -> dict[str, str]:
 
 
 def _patients(cases: Sequence[str], masks: Path, manifest: Path | None) -> dict[str, str]:
-    # Not by the dataset.json of a model: other cases than those that it learnt from may bear the same names.
+    # Not by the dataset.json of a model, as in `read_groups`.
     known = {} if manifest is None else manifest_patients(manifest)
-    found = known or patients_of(_json_of_masks(masks))
+    found = known or patients_of(json_of_masks(masks))
     if known and not set(known) & set(cases):
         raise UserError(
             f"{manifest} says whom {abbreviate(sorted(known), 3)} show, but nothing about any of the cases that are "
@@ -319,6 +342,14 @@ def _validation(folder: Path, folds: Sequence[str], ending: str) -> dict[str, Pa
     return predictions
 
 
+def _learnt(folder: Path, folds: Sequence[str], cases: Sequence[str]) -> tuple[str, ...]:
+    """The validation cases that training learnt from: all of fold `all`, and a mask that is the only one."""
+    if "all" in folds:
+        return tuple(cases)
+    recorded = [recorded_cases(folder / f"fold_{fold}") for fold in folds]
+    return tuple(case for case in cases if any(fold is not None and case in fold.train for fold in recorded))
+
+
 def _with_checkpoints(model: Model, folds: Sequence[str] | None, trained: Sequence[str]) -> Model:
     """A trained model with the folds that predict."""
     for name in ("plans.json", "dataset.json"):
@@ -346,22 +377,28 @@ def _with_checkpoints(model: Model, folds: Sequence[str] | None, trained: Sequen
     return model
 
 
-def _dataset_json(models: Sequence[Model], masks: Path) -> Mapping[str, Any]:
-    """What says how the masks are labelled: the dataset.json that they lie with, else that of a model."""
-    return _json_of_masks(masks) or next((model.dataset_json for model in models if model.dataset_json), {})
+def _labels(dataset_jsons: Sequence[Mapping[str, Any]]) -> DeclaredLabels | None:
+    """The label values on whose meaning all agree: what is lesion to one model may be `ignore` to another."""
+    declared = [declared_labels(dataset_json) for dataset_json in dataset_jsons]
+    if not declared:
+        return None
+    first, *others = declared
+    alike = [value for value in first.values if all(value in other.values for other in others)]
+    known = frozenset(v for v in alike if all((v == first.ignore) == (v == other.ignore) for other in others))
+    return DeclaredLabels(known, first.ignore if first.ignore in known else None)
 
 
-def _json_of_masks(masks: Path) -> Mapping[str, Any]:
+def json_of_masks(masks: Path) -> Mapping[str, Any]:
     """The dataset.json that masks lie with; empty if there is none."""
     places = (place / "dataset.json" for place in (masks, masks.resolve().parent))
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
 def lesion_classes(dataset_jsons: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    """Label values of each lesion class, if there are several and all models have the same; else nothing.
+    """Label values of each lesion class, if there are several and all have the same; else nothing.
 
     Args:
-        dataset_jsons: nnU-Net's `dataset.json` of each model.
+        dataset_jsons: nnU-Net's `dataset.json` of each model, and of the masks.
     """
     found = []
     for dataset_json in dataset_jsons:
@@ -371,7 +408,7 @@ def lesion_classes(dataset_jsons: Sequence[Mapping[str, Any]]) -> dict[str, tupl
             {name: tuple(value) if isinstance(value, list | tuple) else (value,) for name, value in classes.items()}
         )
     alike = all(classes == found[0] for classes in found)
-    return found[0] if alike and len(found[0]) > 1 else {}
+    return found[0] if found and alike and len(found[0]) > 1 else {}
 
 
 def _find_images(folder: Path, ending: str, dataset_jsons: Sequence[Mapping[str, Any]]) -> dict[str, list[Path]]:
@@ -395,15 +432,15 @@ def _find_images(folder: Path, ending: str, dataset_jsons: Sequence[Mapping[str,
     return channels
 
 
-def _common_cases(models: Sequence[Model]) -> list[str]:
+def _common_cases(models: Sequence[Model], needs_images: bool) -> list[str]:
     first, *others = models
+    way = "name the folder of CTs with --images to compare on those" if needs_images else "choose folds with -f"
     for other in others:
         if differing := sorted(set(first.predictions).symmetric_difference(other.predictions)):
             counts = f"{len(first.predictions)} and {len(other.predictions)}"
             raise UserError(
                 f"{first.name} and {other.name} predicted different cases ({counts}); only one of them has "
-                f"{abbreviate(differing)}. Models are compared on the same cases: predict these too, or name the "
-                "folder of CTs with --images to compare on those."
+                f"{abbreviate(differing)}. Models are compared on the same cases: predict these too, or {way}."
             )
     return sorted(first.predictions)
 

@@ -138,7 +138,8 @@ def evaluate_files(
         predictions: Predicted label map of each case.
         references: True label map of each case; these are the cases that are measured.
         lungs: Lung mask of each case, or of some.
-        labels: Values that label maps may hold; any whole numbers from 0 on if `None`.
+        labels: Values that predictions may hold; any whole numbers from 0 on if `None`. Those of the references are
+            for `check_references` to check: they may be labelled otherwise than a model predicts.
         num_processes: As in `evaluate_folder`.
         description: As in `evaluate_folder`.
         options: What `score_case` takes.
@@ -165,7 +166,7 @@ def check_references(
     labels: Iterable[int] | None = None,
     ignore_label: int | None = None,
     num_processes: int = 1,
-) -> list[str]:
+) -> dict[str, bool | None]:
     """Read true label maps, whose faults are better known before others are predicted.
 
     Args:
@@ -175,7 +176,7 @@ def check_references(
         num_processes: Files read at a time.
 
     Returns:
-        The cases without lesion.
+        Whether each case has a lesion; `None` where that is not known, because it shows none in what is not ignored.
 
     Raises:
         UserError: A file is no image or holds values that are no labels; all of them are named.
@@ -184,7 +185,7 @@ def check_references(
     jobs = [_Job(path, path, None, allowed, {"ignore_label": ignore_label}) for path in references.values()]
     results = run_jobs(_has_lesion, jobs, num_processes=num_processes)
     raise_problems([result for result in results if isinstance(result, str)], "the masks")
-    return [case for case, result in zip(references, results, strict=True) if result is False]
+    return {case: result for case, result in zip(references, results, strict=True) if not isinstance(result, str)}
 
 
 def check_scans(scans: Sequence[Path], *, num_processes: int = 1) -> None:
@@ -380,7 +381,7 @@ class _Job:
 def _evaluate(job: _Job) -> dict[str, float] | str:
     """The metrics of a case, or the sentence that says why there are none."""
     try:
-        reference, grid = _read_labels(job.reference, job.labels)
+        reference, grid = _read_labels(job.reference, None)
         prediction, found = _read_labels(job.prediction, job.labels)
         check_grid(job.prediction, found, job.reference, grid)
         lung = None
@@ -402,12 +403,15 @@ def _fault(scan: Path) -> str:
     return ""
 
 
-def _has_lesion(job: _Job) -> bool | str:
+def _has_lesion(job: _Job) -> bool | str | None:
     try:
         array, _ = _read_labels(job.reference, job.labels)
     except UserError as error:
         return str(error)
-    return bool(((array > 0) & (array != job.options["ignore_label"])).any())
+    ignored = array == job.options["ignore_label"]
+    if ((array > 0) & ~ignored).any():
+        return True
+    return None if ignored.any() else False
 
 
 def _read_labels(path: Path, allowed: frozenset[int] | None) -> tuple[NDArray[Any], Grid]:
@@ -419,8 +423,9 @@ def _read_labels(path: Path, allowed: frozenset[int] | None) -> tuple[NDArray[An
     undeclared = sorted(int(value) for value in values if allowed is not None and int(value) not in allowed)
     if allowed is not None and undeclared:
         raise UserError(
-            f"{path} holds {undeclared[:8]}, which dataset.json does not declare (declared: {sorted(allowed)}). "
-            "Correct the file or the labels."
+            f"{path} holds {undeclared[:8]}, which dataset.json does not declare (declared: {sorted(allowed)}; of "
+            "masks without one, what those of all models declare alike). Correct the file, or the labels in a dataset.json "
+            "beside it."
         )
     return array, grid
 
@@ -435,7 +440,9 @@ def check_grid(path: Path, found: Grid, reference: Path, expected: Grid) -> None
 
 
 def judged(frame: pd.DataFrame, metric: str) -> pd.Series:
-    """A metric of the cases it is averaged over: false positives of the healthy ones, all else of the others.
+    """A metric of the cases it is averaged over: false positives of the healthy ones, all else of those with lesion.
+
+    A case that shows no lesion in what is not ignored is neither.
 
     Args:
         frame: Rows as `evaluate_folder` makes them.
@@ -443,8 +450,9 @@ def judged(frame: pd.DataFrame, metric: str) -> pd.Series:
     """
     if metric not in frame:
         return pd.Series(np.nan, index=frame.index)
-    healthy = frame["lesion_ml"] == 0
-    return frame.loc[healthy if metric in METRICS and METRICS[metric].healthy else ~healthy, metric]
+    if metric in METRICS and METRICS[metric].healthy:
+        return frame.loc[(frame["lesion_ml"] == 0) & (frame["ignored_ml"] == 0), metric]
+    return frame.loc[frame["lesion_ml"] > 0, metric]
 
 
 def _paired(difference: NDArray[np.float64], resamples: int, seed: int) -> dict[str, float]:

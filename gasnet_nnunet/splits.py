@@ -9,6 +9,7 @@ masks; nnU-Net reads `train` and `val` and GASNetTrainer the rest:
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import math
@@ -57,6 +58,35 @@ class Fold:
 VAL_IS_LEARNT = "val_is_learnt"
 """Entry of a fold that says, if true, that the masks in `val` are meant to be in `train` too."""
 KEYS = tuple(field.name for field in dataclasses.fields(Fold))
+
+
+def trainer_attributes(folder: Path) -> dict[str, str]:
+    """The attributes of a trainer as nnU-Net wrote them into `debug.json` when the training started; empty without.
+
+    Args:
+        folder: What nnU-Net trained into, e.g. `fold_0`.
+    """
+    try:
+        content = json.loads((folder / "debug.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def recorded_cases(folder: Path) -> Fold | None:
+    """The cases of a training, if it was one of `GASNetTrainer` or its baseline.
+
+    Args:
+        folder: What nnU-Net trained into, e.g. `fold_0`.
+    """
+    try:
+        # The trainer's own representation, `Fold(train=('a',), ...)`, read as literals.
+        call = ast.parse(trainer_attributes(folder).get("_cases", ""), mode="eval").body
+        assert isinstance(call, ast.Call)
+        lists = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return Fold(**{key: tuple(lists[key]) for key in KEYS})
+    except (AssertionError, KeyError, SyntaxError, TypeError, ValueError):
+        return None
 
 
 def make_splits(cohort: Cohort, *, folds: int | None = None, seed: int = 12345) -> list[dict[str, list[str]]]:

@@ -5,10 +5,8 @@ Checkpoints are unpickled by torch as nnU-Net itself does; no other pickle of a 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import read_json
 from gasnet_nnunet.progress import TrainingCurves
 from gasnet_nnunet.settings import PLANS_KEY
-from gasnet_nnunet.splits import KEYS, Fold
+from gasnet_nnunet.splits import Fold, recorded_cases, trainer_attributes
 
 CHECKPOINTS = {"final": "checkpoint_final.pth", "best": "checkpoint_best.pth"}
 """nnU-Net's file for each choice of a checkpoint."""
@@ -269,7 +267,6 @@ def _fold(name: int | str, path: Path, content: dict[str, Any]) -> TrainedFold:
     folder = path.parent
     epochs = int(content["current_epoch"])
     axes = content.get("inference_allowed_mirroring_axes")
-    debug = _recorded(folder / "debug.json")
     summary = folder / "validation" / "summary.json"
     return TrainedFold(
         name=name,
@@ -279,31 +276,11 @@ def _fold(name: int | str, path: Path, content: dict[str, Any]) -> TrainedFold:
         threshold=1 / (1 + math.exp(-carried_logit(content))),
         mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
         epochs=epochs,
-        cases=_cases(debug.get("_cases", "")),
+        cases=recorded_cases(folder),
         validation=read_json(summary) if summary.is_file() else None,
         last_epoch=_curves(folder, epochs - 1),
-        torch_version=debug.get("torch_version"),
+        torch_version=trainer_attributes(folder).get("torch_version"),
     )
-
-
-def _recorded(path: Path) -> dict[str, str]:
-    """The attributes of the trainer as nnU-Net wrote them when the training started."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _cases(text: str) -> Fold | None:
-    """The trainer's fold out of its own representation, `Fold(train=('a',), ...)`, read as literals."""
-    try:
-        call = ast.parse(text, mode="eval").body
-        assert isinstance(call, ast.Call)
-        lists = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        return Fold(**{key: tuple(lists[key]) for key in KEYS})
-    except (AssertionError, KeyError, SyntaxError, TypeError, ValueError):
-        return None
 
 
 def _curves(folder: Path, epoch: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ from gasnet_nnunet.comparison import Comparison, compare_models, make_folder
 from gasnet_nnunet.comparison_inputs import Model, find_cases, find_model, find_models, read_groups
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.organ_masks import VERSION
+from gasnet_nnunet.splits import Fold
 
 DATASET = "Dataset501_Tiny"
 CASES = ("diseased_7", "diseased_8", "healthy_7")
@@ -151,6 +152,83 @@ def test_prediction_of_nothing_and_ignored_voxels_are_remarked_on(data: Path) ->
     assert any("'ignore' in the masks of diseased_8" in note for note in notes)
 
 
+def labelled(folder: Path, **labels: int) -> None:
+    """Make a folder of predictions one of a model with these labels."""
+    (folder / "plans.json").write_text(json.dumps({"dataset_name": DATASET}))
+    content = {**tiny_dataset.DATASET_JSON, "labels": {"background": 0, **labels}}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def in_two_classes(folder: Path) -> None:
+    """Write the lesion of a mask's or a prediction's lower half as another class."""
+    for case in CASES[:2]:
+        lesion = tiny_dataset.patient(case).lesion.astype(np.uint8)
+        middle = int(np.argwhere(lesion).mean(axis=0)[1])
+        lesion[:, middle:] *= 2
+        tiny_dataset.write_image(lesion, folder / f"{case}.nii.gz")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_is_ignored_by_one_model_is_lesion_to_another(data: Path, first: int) -> None:
+    labelled(data / "poor", lesion=1, ignore=2)
+    labelled(data / "good", glass=1, consolidation=2, ignore=3)
+    in_two_classes(data / "good")
+    result = run(data, two(data)[:: -1 if first else 1])
+    assert result.frames["good"]["dice"].mean() == 1
+    assert (result.frames["good"]["ignored_ml"] == 0).all()
+    assert not [column for column in result.frames["good"] if column.startswith("dice_")]
+    in_two_classes(data / "mask")
+    with pytest.raises(UserError, match=r"mask/diseased_7\.nii\.gz holds \[2\], which dataset\.json does not declare"):
+        run(data, two(data)[:: -1 if first else 1])
+    (data / "mask/dataset.json").write_text((data / "good/dataset.json").read_text())
+    assert run(data, two(data)[:: -1 if first else 1]).frames["good"]["dice"].mean() == 1
+
+
+def test_classes_that_masks_do_not_tell_apart_have_no_dice(data: Path) -> None:
+    for name in ("poor", "good"):
+        labelled(data / name, glass=1, consolidation=2, ignore=3)
+    in_two_classes(data / "good")
+    result = run(data, two(data))
+    assert result.frames["good"]["dice"].mean() == 1
+    assert "dice_glass" not in result.frames["good"]
+    assert any("no mask shows consolidation" in note for note in result.notes)
+    in_two_classes(data / "mask")
+    assert run(data, two(data)).frames["good"]["dice_consolidation"].mean() == 1
+
+
+def test_cases_of_which_nothing_is_known_are_left_out(data: Path) -> None:
+    (data / "mask/dataset.json").write_text(json.dumps(tiny_dataset.DATASET_JSON))
+    tiny_dataset.write_image(np.full(tiny_dataset.SIZE, 2, np.uint8), data / "mask/diseased_8.nii.gz")
+    groups = pd.DataFrame({"site": ["A", "B", "A"]}, index=pd.Index(CASES, name="case"))
+    result = run(data, two(data), groups=groups)
+    assert result.frames["good"].index.tolist() == ["diseased_7", "healthy_7"]
+    assert any("1 of 3 cases are left out" in note and "diseased_8" in note for note in result.notes)
+    assert not (data / "out/overlays/diseased_8.png").exists()
+    for case in CASES:
+        tiny_dataset.write_image(np.full(tiny_dataset.SIZE, 2, np.uint8), data / f"mask/{case}.nii.gz")
+    with pytest.raises(UserError, match="The masks of all 3 cases are 'ignore'"):
+        run(data, two(data))
+
+
+def test_a_subset_may_be_called_as_a_metric_is(data: Path) -> None:
+    groups = pd.DataFrame({"lesions": list("ABA"), "model": list("XXY")}, index=pd.Index(CASES, name="case"))
+    run(data, two(data), groups=groups)
+    rows = pd.read_csv(data / "out/cases.csv")
+    assert rows["lesions (subset)"].tolist() == list("ABA") * 2
+    assert rows["model (subset)"].tolist() == list("XXY") * 2
+    assert rows["lesions"].notna().all()
+
+
+def test_a_comparison_that_fails_leaves_the_earlier_one_and_what_it_says_of_it(data: Path) -> None:
+    run(data, two(data))
+    before = (data / "out/compare.json").read_text()
+    tiny_dataset.write_image(np.full(tiny_dataset.SIZE, -3, np.int16), data / "good/healthy_7.nii.gz")
+    with pytest.raises(UserError, match=r"good/healthy_7\.nii\.gz holds the value -3"):
+        run(data, [find_model("other", data / "good")])
+    assert (data / "out/compare.json").read_text() == before
+    assert len(pd.read_csv(data / "out/cases.csv")) == 6
+
+
 def test_folder_of_others_is_left_alone_and_an_earlier_comparison_replaced(data: Path) -> None:
     (data / "out").mkdir()
     (data / "out/thesis.txt").write_text("mine")
@@ -221,6 +299,17 @@ def test_validation_folders_are_compared(data: Path, trained: Path) -> None:
     folder = find_model("folder", trained / "fold_1/validation")
     assert folder.predictions == one.predictions
     assert folder.dataset_json["file_ending"] == ".nii.gz"
+
+    with pytest.raises(UserError, match="is fold 1, but -f takes 0"):
+        find_model("one", trained / "fold_1", folds=["0"], validation=True)
+    with pytest.raises(UserError, match=r"predicted different cases .* or choose folds with -f"):
+        find_cases([model, one], data / "mask", images=data / "ct", needs_images=False)
+    assert not cases.notes
+    fold = Fold(train=CASES[1:], val=CASES[1:], diseased=(), healthy=(), val_diseased=(), val_healthy=())
+    (trained / "fold_1/debug.json").write_text(json.dumps({"_cases": str(fold)}))
+    one = find_model("one", trained / "fold_1", validation=True)
+    note = find_cases([one], data / "mask", needs_images=False).notes[0]
+    assert note.startswith("one has learnt from diseased_8, healthy_7")
 
     shutil.copy(data / "good/diseased_7.nii.gz", trained / "fold_1/validation")
     with pytest.raises(UserError, match="diseased_7 are validated on in fold 1 and in an earlier one"):
@@ -324,7 +413,7 @@ def test_subsets_come_from_a_manifest_or_dataset_json(tmp_path: Path) -> None:
     details = {"gasnet": {"cases": {"a": {"site": "north"}, "b": {"site": "south", "age": 3}}}}
     assert read_groups(["a", "b"], ["site"], manifest=None, dataset_json=details)["site"].tolist() == ["north", "south"]
     assert read_groups(["x"], [], manifest=None, dataset_json={}).shape == (1, 0)
-    with pytest.raises(UserError, match=r"gasnet\.cases says nothing about 1 of 2 cases: x"):
+    with pytest.raises(UserError, match=r"gasnet\.cases, says nothing about 1 of 2 cases: x"):
         read_groups(["a", "x"], ["site"], manifest=None, dataset_json=details)
     with pytest.raises(UserError, match="has no 'sex' of any case; it has age, site"):
         read_groups(["a", "b"], ["sex"], manifest=None, dataset_json=details)
@@ -413,6 +502,17 @@ def test_a_manifest_says_whom_the_cases_show_or_divides_them(data: Path) -> None
     assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
     provenance = json.loads((data / "out/compare.json").read_text(encoding="utf-8"))
     assert provenance["patients"] == {"diseased_7": "p", "diseased_8": "p"}
+
+
+def test_subsets_are_those_of_the_masks_whatever_a_model_has_learnt_from(data: Path) -> None:
+    for place, sex in (("mask", "F"), ("good", "M")):
+        details = {"cases": {case: {"sex": sex} for case in CASES}}
+        labelled(data / place, lesion=1, ignore=2)
+        content = json.loads((data / place / "dataset.json").read_text())
+        (data / place / "dataset.json").write_text(json.dumps({**content, "gasnet": details}))
+    words = ["compare", "-o", data / "out", "-m", data / "good", "--masks", data / "mask", "--by", "sex"]
+    assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
+    assert set(pd.read_csv(data / "out/cases.csv")["sex"]) == {"F"}
 
 
 def test_command_takes_the_models_and_test_cases_of_a_dataset(

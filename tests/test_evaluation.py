@@ -113,11 +113,12 @@ def both(folders: Path) -> dict[str, pd.DataFrame]:
 def test_summary_keeps_diseased_and_healthy_apart() -> None:
     frame = pd.DataFrame(
         {
-            "dice": [0.4, 0.8, np.nan],
-            "sensitivity": [0.5, 0.7, np.nan],
-            "specificity": [0.9, 1.0, 0.1],
-            "lesion_ml": [3.0, 4.0, 0.0],
-            "false_positive_lung": [0.3, 0.3, 0.02],
+            "dice": [0.4, 0.8, np.nan, np.nan],
+            "sensitivity": [0.5, 0.7, np.nan, np.nan],
+            "specificity": [0.9, 1.0, 0.1, 0.2],
+            "lesion_ml": [3.0, 4.0, 0.0, 0.0],
+            "ignored_ml": [0.0, 1.0, 0.0, 9.0],  # of the last it is not known whether it has a lesion
+            "false_positive_lung": [0.3, 0.3, 0.02, 0.9],
         }
     )
     summary = summarise({"model": frame})
@@ -192,14 +193,14 @@ def test_values_that_are_no_labels_are_refused(folders: Path, values: int, messa
 def test_cases_without_lesion_are_told(folders: Path) -> None:
     write(folders / "reference/other.nii.gz", TRUE * 2)
     references = {case: folders / f"reference/{case}.nii.gz" for case in ("ill", "well", "other")}
-    assert check_references(references) == ["well"]
-    assert check_references(references, ignore_label=2) == ["well", "other"]
+    assert check_references(references) == {"ill": True, "well": False, "other": True}
+    assert check_references(references, ignore_label=2) == {"ill": True, "well": False, "other": None}
 
 
 def frame(**columns: list[float]) -> pd.DataFrame:
     number = len(next(iter(columns.values())))
     index = pd.Index([f"case_{i}" for i in range(number)], name="case")
-    return pd.DataFrame({"lesion_ml": [5.0] * number, **columns}, index=index)
+    return pd.DataFrame({"lesion_ml": [5.0] * number, "ignored_ml": [0.0] * number, **columns}, index=index)
 
 
 def test_paired_differences_are_of_the_same_cases() -> None:

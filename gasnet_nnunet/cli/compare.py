@@ -87,6 +87,7 @@ def compare(
             find_cases,
             find_model,
             find_models,
+            json_of_masks,
             manifest_patients,
             read_groups,
         )
@@ -120,10 +121,7 @@ def compare(
     if masks is None:
         raise UserError("Name the folder of true masks with --masks.")
     cases = find_cases(models, masks, images=images, lungs=lungs, needs_images=not validation, manifest=manifest)
-    details = [item.dataset_json for item in models if "gasnet" in item.dataset_json]
-    if folder is not None and (folder.raw / "dataset.json").is_file():
-        details.insert(0, read_json(folder.raw / "dataset.json"))
-    groups = read_groups(cases.references, by or (), manifest=manifest, dataset_json=details[0] if details else {})
+    groups = read_groups(cases.references, by or (), manifest=manifest, dataset_json=json_of_masks(masks))
     result = compare_models(
         models,
         cases,
