@@ -424,8 +424,8 @@ def _read_labels(path: Path, allowed: frozenset[int] | None) -> tuple[NDArray[An
     if allowed is not None and undeclared:
         raise UserError(
             f"{path} holds {undeclared[:8]}, which dataset.json does not declare (declared: {sorted(allowed)}; of "
-            "masks without one, what those of all models declare alike). Correct the file, or the labels in a dataset.json "
-            "beside it."
+            "masks without one, what those of all models declare alike). Correct the file, or the labels in a "
+            "dataset.json beside it."
         )
     return array, grid
 

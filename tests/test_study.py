@@ -201,6 +201,16 @@ def test_command_line_assigns_entries_of_the_study_and_settings(
         ("dataset: 1\narms:\n  a: {}\n  a: {}\n", "arms.a (line 4): is there twice."),
         ("dataset: 1\narms: {a: {segmenter: vnet}}\n", "Did you mean 'vbnet'?"),
         ("dataset: 1\narms: {a__b: {}}\n", "no '__'"),
+        ("dataset: 1\narms: {a-round1: {}}\n", "arms.a-round1 (line 2): the study itself makes files of that name"),
+        ("dataset: 1\narms: {dataset: {}}\n", "the study itself makes files of that name"),
+        (
+            "dataset: 1\narms: {a: {}, b: {trainer: VanillaTrainer, init_from: a}}\n",
+            "arms.b.init_from (line 2): VanillaTrainer knows no init_from and would train from scratch.",
+        ),
+        (
+            "dataset: 1\narms: {b: {trainer: nnUNetTrainer, settings: {init_from: x.pth}}}\n",
+            "nnUNetTrainer knows no init_from",
+        ),
         ("dataset: 1\nmasks: [1]\narms: {a: {masks: [2]}}\n", "2 is none of the study's numbers"),
         ("dataset: 1\narms: {a: {equal_time_with: b}, b: {}}\n", "has to be `like` another one"),
         ("dataset: 1\narms: {a: {init_from: b}, b: {init_from: a}}\n", "which waits for it"),

@@ -25,6 +25,7 @@ from rich.console import Console
 from scipy.ndimage import binary_erosion
 from tiny_study import ARMS, DATASET, SHORT, listing, opened, run_of, write_study
 
+import gasnet_nnunet.study.workspace as workspace_module
 from gasnet_nnunet.cli.study import study as command
 from gasnet_nnunet.cohort import read_cohort
 from gasnet_nnunet.errors import UserError
@@ -36,9 +37,9 @@ from gasnet_nnunet.study.prepare import prepare
 from gasnet_nnunet.study.progress import Estimate
 from gasnet_nnunet.study.pseudo_labels import label_dataset, preprocess_command
 from gasnet_nnunet.study.report import _differences, _figures, _results, _runs, write_report
-from gasnet_nnunet.study.runner import Runner, ended_by_signals, find_script
+from gasnet_nnunet.study.runner import CutOffError, Runner, ended_by_signals, find_script
 from gasnet_nnunet.study.steps import WaitingError, epoch_seconds, record_of, state_of, steps_of
-from gasnet_nnunet.study.workspace import Workspace, open_workspace
+from gasnet_nnunet.study.workspace import Workspace, link, open_workspace
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +280,99 @@ def test_an_interrupted_training_of_other_settings_counts_as_changed(crashed: tu
         assert state_of(Workspace(longer, out, workspace.dataset), run) == "changed"
     finally:
         record.path.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", [{"test": 2}, {"seed": 7}, {"volumes": ("healthy_0",)}])
+def test_an_interrupted_training_of_other_cases_counts_as_changed(
+    study_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Mapping[str, Any]
+) -> None:
+    name = write_study(tmp_path / "out", arms={"supervised": ARMS["supervised"]})
+    workspace = open_workspace(load_study(name), tmp_path / "out")
+    (run,) = workspace.runs
+    (folder,) = (step.model for step in steps_of(workspace, run, "cpu") if step.model is not None)
+
+    def cut_off(*_: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "checkpoint_latest.pth").touch()
+        raise CutOffError("somebody ended it")
+
+    monkeypatch.setattr(Runner, "call", cut_off)
+    assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "unfinished"
+    other = open_workspace(workspace.study.model_copy(update=change), workspace.out)
+    assert other.runs[0].number != run.number
+    assert state_of(other, other.runs[0]) == "changed"
+    assert state_of(open_workspace(workspace.study, workspace.out), run) == "unfinished"
+
+
+def test_cases_are_those_of_the_folders_that_are_set_now(tmp_path: Path) -> None:
+    for place in ("before", "now"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "case").write_text(place)
+        for name in ("folder", "again"):
+            link(tmp_path / place, tmp_path / name)
+        link(tmp_path / place / "case", tmp_path / "file")
+    assert (tmp_path / "folder/case").read_text() == (tmp_path / "file").read_text() == "now"
+    (tmp_path / "own").write_text("mine")
+    link(tmp_path / "now/case", tmp_path / "own")
+    assert (tmp_path / "own").read_text() == "mine"
+    shutil.rmtree(tmp_path / "now")
+    link(tmp_path / "before", tmp_path / "folder")
+    assert (tmp_path / "folder/case").read_text() == "before", "of a link that led nowhere"
+
+
+def test_lungs_of_a_case_are_found_once_for_all_choices(
+    study_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    found = workspace_module.run_jobs
+
+    def count(function: Any, jobs: Sequence[Any], **options: Any) -> Any:
+        asked.extend(job[0].name for job in jobs)
+        return found(function, jobs, **options)
+
+    monkeypatch.setattr(workspace_module, "run_jobs", count)
+    name = write_study(tmp_path / "files", arms={"supervised": {}}, test="rest", repeats=3, masks=[1])
+    workspace = open_workspace(load_study(name), tmp_path / "out")
+    tests = [workspace.test_set(deal) for deal in workspace.deals]
+    cases = {case for test in tests for case in test.cases}
+    assert len(tests) > 1
+    assert sum(len(test.cases) for test in tests) > len(cases)
+    assert sorted(asked) == sorted(f"{case}_0000.nii.gz" for case in cases)
+    for test in tests:
+        assert test.lungs is not None
+        assert all((test.lungs / f"{case}.nii.gz").stat().st_size for case in test.cases)
+
+
+def test_trainers_of_nnunet_take_nothing_from_the_settings(study_folders: Path, tmp_path: Path) -> None:
+    def opened_with(**settings: Any) -> Workspace:
+        arms = {"own": {"trainer": "nnUNetTrainer"}, "vanilla": {"trainer": "VanillaTrainer"}}
+        name = write_study(tmp_path / "out", arms=arms, settings=settings)
+        return open_workspace(load_study(name), tmp_path / "out")
+
+    def fingerprints(workspace: Workspace) -> list[str]:
+        return [steps_of(workspace, run_of(workspace, arm), "cpu")[0].fingerprint for arm in ("own", "vanilla")]
+
+    workspace, longer = opened_with(num_epochs=1), opened_with(num_epochs=9)
+    (own, vanilla), (own_longer, vanilla_longer) = fingerprints(workspace), fingerprints(longer)
+    assert own == own_longer
+    assert vanilla != vanilla_longer
+    estimate = Estimate(longer, [run := run_of(longer, "own")])
+    estimate.start(run)
+    for line in ("Epoch 90 ", "Epoch time: 60.0 s"):
+        estimate.hear(f"2026-01-01 10:00:00.000000: {line}")
+    assert estimate.doing.endswith(", epoch 91")
+    assert estimate.text() == "time left not known yet"
+    record_of(longer, run).note(state="done", epochs=1000, updates=250000, seconds=60000.0)
+    assert estimate.doing.endswith("epoch 91 of 1000")
+    assert estimate.seconds() == pytest.approx(910 * 60, abs=1)
+
+
+def test_time_left_of_a_study_that_was_made_longer(study_folders: Path, tmp_path: Path) -> None:
+    name = write_study(tmp_path / "out", arms={"gasnet": {}}, settings={"num_epochs": 1})
+    workspace = open_workspace(load_study(name), tmp_path / "out")
+    record_of(workspace, workspace.runs[0]).note(state="done", seconds=60.0, updates=1)
+    longer = open_workspace(workspace.study.model_copy(update={"settings": {"num_epochs": 100}}), workspace.out)
+    assert Estimate(longer, longer.runs).seconds() == pytest.approx(6000)
 
 
 def test_predictions_that_cannot_be_scored_leave_the_others(crashed: tuple[Path, set[str], set[str]]) -> None:

@@ -22,7 +22,7 @@ from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.study.file import load_study
 from gasnet_nnunet.study.runner import Runner
 from gasnet_nnunet.study.slurm import Cluster, RunsJob
-from gasnet_nnunet.study.steps import record_of, state_of
+from gasnet_nnunet.study.steps import record_of, state_of, steps_of
 from gasnet_nnunet.study.workspace import Run, Workspace, open_workspace
 
 
@@ -188,6 +188,28 @@ def test_a_command_that_is_ended_from_outside_leaves_its_run_unfinished(
     assert "nnUNetv2_train was ended by signal" in record_of(workspace, run).content["reason"]
     slurm.write("train", "exit 3")
     assert Runner(workspace, "cpu", started=time.monotonic()).run(run) == "failed"
+
+
+def test_a_job_makes_nothing_again_that_was_made_for_something_else(
+    study_folders: Path, tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, run = one_run(tmp_path / "out")
+    record = record_of(workspace, run)
+    for step in steps_of(workspace, run, "cpu"):
+        for path in step.made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        record.note(step.name, fingerprint=step.fingerprint, done=True, kind=step.kind)
+    record.note(state="done")
+    one_run(workspace.out, settings={"num_epochs": 2})  # the file is edited while the job is queued
+    program = slurm.write("train", f"touch {tmp_path}/called; exit 3")
+    monkeypatch.setattr("gasnet_nnunet.study.runner.find_script", lambda _: str(program))
+    assert RunsJob(workspace.out, (run.name,), {})() == ["changed"]
+    assert not (tmp_path / "called").exists()
+    assert not (workspace.out / "superseded").exists()
+    assert RunsJob(workspace.out, (run.name,), {}, redo=True)() == ["failed"]
+    assert (tmp_path / "called").exists()
+    assert list((workspace.out / "superseded").iterdir())
 
 
 @pytest.mark.parametrize(("sent", "status"), [("USR2", "timed-out too many times"), ("TERM", "143")])

@@ -117,7 +117,7 @@ def study(
         _print_commands(workspace, runs, chosen_device, console)
         return
     if cluster is not None:
-        for line in cluster.submit(workspace, runs):
+        for line in cluster.submit(workspace, runs, redo=redo):
             console.print(escape(line))
         console.print(f"Once they have ended: [bold]{escape(_again(workspace))} --report[/]")
         return

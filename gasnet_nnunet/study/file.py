@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from gasnet_nnunet.study.definition import (
 )
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+TAKEN = re.compile(r".*-(fold|round)\d+|dataset|dataset_fingerprint|gasnet_cohort|gasnet_preprocessed|splits_final")
+"""Plans that a study makes for a fold or a round of an arm, and other files in their folder."""
 NOT_ASSIGNED = ("settings", "arms", "seed")
 """Entries of a study that are not assigned by name: `seed` alone is that of the trainings, a setting."""
 PARTS: dict[tuple[str, ...], type[Part]] = {
@@ -112,14 +115,23 @@ def load_study(name_or_file: str, changes: Mapping[str, Any] | None = None) -> S
 
 def trainer_names() -> list[str]:
     """Trainers that nnU-Net would find, read from its files and those of `nnUNet_extTrainer` without importing them."""
-    names = set(OUR_TRAINERS)
+    others = [Path(place) for place in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if place]
+    return sorted({*OUR_TRAINERS, *trainers_of_nnunet(), *_classes_in(others)})
+
+
+@cache
+def trainers_of_nnunet() -> frozenset[str]:
+    """nnU-Net's own trainers, which know none of our settings."""
     spec = importlib.util.find_spec("nnunetv2")
-    folders = [Path(place) / "training" / "nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or ()]
-    folders += [Path(place) for place in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if place]
-    for folder in folders:
-        for file in folder.rglob("*.py"):
-            names |= set(re.findall(r"^class (\w+)", file.read_text(encoding="utf-8", errors="ignore"), re.MULTILINE))
-    return sorted(names)
+    places = (spec and spec.submodule_search_locations) or ()
+    return _classes_in([Path(place) / "training" / "nnUNetTrainer" for place in places])
+
+
+def _classes_in(folders: Sequence[Path]) -> frozenset[str]:
+    texts = [
+        file.read_text(encoding="utf-8", errors="ignore") for folder in folders for file in sorted(folder.rglob("*.py"))
+    ]
+    return frozenset(name for text in texts for name in re.findall(r"^class (\w+)", text, re.MULTILINE))
 
 
 def segmenter_names() -> list[str]:
@@ -291,6 +303,8 @@ def _check(study: Study, problems: _Problems) -> None:
         place = ("arms", key)
         if not NAME.fullmatch(key) or "__" in key:
             problems.add(place, "an arm's key names its plans: letters, digits, '-' and '_' only, and no '__'.")
+        if TAKEN.fullmatch(key):
+            problems.add(place, "the study itself makes files of that name; call the arm otherwise.")
         trainers = trainers or trainer_names()
         if arm.trainer not in trainers and not _importable(arm.trainer):
             problems.add((*place, "trainer"), f"nnU-Net has no trainer '{arm.trainer}'.{hint(arm.trainer, trainers)}")
@@ -328,6 +342,10 @@ def _check_needs(study: Study, key: str, problems: _Problems) -> None:
             valid = list(study.arms)
             problems.add((*place, entry), f"there is no arm '{other}'.{hint(other, valid)} Arms: {', '.join(valid)}.")
             return
+    if arm.trainer == "VanillaTrainer" or arm.trainer in trainers_of_nnunet():
+        for entry, origin in (("init_from", arm.init_from), ("settings", arm.settings.get("init_from"))):
+            if origin is not None:
+                problems.add((*place, entry), f"{arm.trainer} knows no init_from and would train from scratch.")
     if arm.pseudo_labels is not None and arm.pseudo_labels.updates == "total" and arm.trainer not in OUR_TRAINERS:
         problems.add(
             (*place, "pseudo_labels"),

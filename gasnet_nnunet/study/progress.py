@@ -5,7 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from gasnet_nnunet.study.steps import EPOCH, EPOCH_TIME, WaitingError, is_done, record_of, steps_of, updates_of
+from gasnet_nnunet.study.steps import (
+    EPOCH,
+    EPOCH_TIME,
+    WaitingError,
+    follows_plans,
+    is_done,
+    record_of,
+    steps_of,
+    updates_of,
+)
 from gasnet_nnunet.study.workspace import Run, Workspace
 
 
@@ -52,7 +61,8 @@ class Estimate:
             return ""
         total = self._length(self.current)
         epochs = self._epochs_before + self._epochs_done
-        return f"{self.current.name}{f', epoch {epochs} of {total}' if epochs else ''}"
+        of = "" if total is None else f" of {total}"
+        return f"{self.current.name}{f', epoch {epochs}{of}' if epochs else ''}"
 
     def seconds(self) -> float | None:
         """Seconds that remain, `None` while nothing is known to tell them by."""
@@ -91,19 +101,22 @@ class Estimate:
         if self.current is not None and self._epochs_done:
             updates = updates_of(self.workspace, self.current, self._epochs_done)
             runs = [*runs, (self._epoch_seconds, updates)]
-        total = sum(updates for _, updates in runs)
-        return sum(seconds for seconds, _ in runs) / total if total else None
+        return _seconds_of_update(runs)
 
     def _expected(self, run: Run, known: dict[str, list[tuple[float, int]]], speed: float | None) -> float | None:
         length = self._length(run)
+        if length is None:
+            return None
         # What this session has to do of it.
         left = length - (self._epochs_before if run is self.current else 0)
         if run is self.current and self._epochs_done:
             return self._epoch_seconds / self._epochs_done * left
         # An arm of equal time takes what the other one takes, whatever its own length in the plans.
-        for arm in (run.arm, self.workspace.study.arms[run.arm].equal_time_with):
-            if arm in known:
-                return sum(seconds for seconds, _ in known[arm]) / len(known[arm]) * left / length
+        other = self.workspace.study.arms[run.arm].equal_time_with
+        if run.arm not in known and other in known:
+            return sum(seconds for seconds, _ in known[other]) / len(known[other]) * left / length
+        # Runs that are known may be of another length, before the study was changed.
+        speed = _seconds_of_update(known.get(run.arm, [])) or speed
         return None if speed is None else speed * updates_of(self.workspace, run, left)
 
     def _done_before(self, run: Run) -> int:
@@ -115,8 +128,17 @@ class Estimate:
         record = record_of(self.workspace, run)
         return sum(step.epochs for step in steps if is_done(step, record))
 
-    def _length(self, run: Run) -> int:
-        """Epochs of all trainings of a run; of one of equal time that waits, those in its plans."""
+    def _length(self, run: Run) -> int | None:
+        """Epochs of all trainings of a run; of one of equal time that waits, those in its plans.
+
+        A trainer that does not follow the plans has as many as in another run of its arm; `None` before there is one.
+        """
+        if not follows_plans(self.workspace, run):
+            records = [
+                record_of(self.workspace, other).content for other in self.workspace.runs if other.arm == run.arm
+            ]
+            lengths = [int(content["epochs"]) for content in records if content["state"] == "done"]
+            return lengths[-1] if lengths else None
         if run.name not in self._lengths:
             try:
                 epochs = sum(step.epochs for step in steps_of(self.workspace, run, "cpu"))
@@ -124,6 +146,11 @@ class Estimate:
                 return int(self.workspace.settings(run.arm)["num_epochs"])
             self._lengths[run.name] = epochs
         return self._lengths[run.name]
+
+
+def _seconds_of_update(runs: Sequence[tuple[float, int]]) -> float | None:
+    total = sum(updates for _, updates in runs)
+    return sum(seconds for seconds, _ in runs) / total if total else None
 
 
 def duration(seconds: float) -> str:

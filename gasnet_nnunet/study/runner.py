@@ -152,6 +152,8 @@ class Runner:
             record.content["steps"].pop(step.name, None)
         attempts = int(entry.get("attempts", 0)) + 1
         record.note(step.name, fingerprint=step.fingerprint, done=False, attempts=attempts, kind=step.kind)
+        if step.model is not None:
+            record.note(step.name, model=step.model.relative_to(self.workspace.out).as_posix())
         log = self.workspace.out / "logs" / run.arm / run.deal.name / f"{step.name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         start, seconds = time.monotonic(), float(entry.get("seconds", 0.0))

@@ -26,7 +26,7 @@ from gasnet_nnunet.study.definition import Study
 from gasnet_nnunet.study.file import load_study
 from gasnet_nnunet.study.prepare import prepare
 from gasnet_nnunet.study.runner import Runner, ended_by_signals
-from gasnet_nnunet.study.steps import state_of
+from gasnet_nnunet.study.steps import needs_redo, state_of
 from gasnet_nnunet.study.workspace import STUDY, Run, Workspace
 
 if TYPE_CHECKING:
@@ -85,12 +85,13 @@ class Cluster:
             write_json(self.folder / JOBS, {**noted, "preparation": job})
             return [*lines, f"{job}: prepares the study."]
 
-    def submit(self, workspace: Workspace, runs: Sequence[Run]) -> list[str]:
+    def submit(self, workspace: Workspace, runs: Sequence[Run], *, redo: bool = False) -> list[str]:
         """Submit what is not done; a job of an arm that needs the time or the model of another one waits for its job.
 
         Args:
             workspace: The study.
             runs: Runs to be made; those whose jobs are queued or running are left out.
+            redo: Make runs again that were made for something else.
 
         Returns:
             A line a job.
@@ -124,7 +125,7 @@ class Cluster:
                 names = [run.name for run in group]
                 others = [f"{other}/{run.deal.name}" for run in group for other in study.needs(arm)]
                 needed = sorted({job_of[other] for other in others if other in job_of})
-                work = RunsJob(self.out, tuple(names), _environment())
+                work = RunsJob(self.out, tuple(names), _environment(), redo)
                 job = self._submit(f"{arm}_{part}".strip("_"), options, work, needed=needed)
                 job_of |= dict.fromkeys(names, job)
                 jobs[job] = names
@@ -176,11 +177,13 @@ class RunsJob:
         out: Folder of the study.
         names: Of the runs.
         environment: nnU-Net's folders of whoever submitted the job.
+        redo: Make runs again that were made for something else than `study.yaml` asks for when the job begins.
     """
 
     out: Path
     names: tuple[str, ...]
     environment: Mapping[str, str]
+    redo: bool = False
 
     def __call__(self) -> list[str]:
         """Make them.
@@ -195,8 +198,13 @@ class RunsJob:
         with ended_by_signals():
             workspace, device = prepare(load_study(str(self.out / STUDY)), self.out, Console(quiet=True), make=False)
             runner = Runner(workspace, device, started=started)
+            runs = [run for run in workspace.runs if run.name in self.names]
+            # The study's file may have been edited since the job was submitted, or since it began for the first time.
+            kept = {run.name for run in runs if not self.redo and needs_redo(workspace, run, device)}
+            for name in sorted(kept):
+                print(f"{name} is left as it is: made with other settings, plans or cases; --redo makes it again.")
             try:
-                return [runner.run(run) for run in workspace.runs if run.name in self.names]
+                return ["changed" if run.name in kept else runner.run(run) for run in runs]
             finally:
                 runner.note_time()
 

@@ -19,6 +19,7 @@ from gasnet_nnunet.files import read_json, write_json, write_text
 from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 from gasnet_nnunet.study.definition import OUR_TRAINERS
+from gasnet_nnunet.study.file import trainers_of_nnunet
 from gasnet_nnunet.study.workspace import Run, TestSet, Workspace, fingerprint, link, superseded
 
 EPOCH_TIME = re.compile(r"Epoch time: ([0-9.]+) s")
@@ -112,7 +113,7 @@ def state_of(workspace: Workspace, run: Run, device: str = "cpu") -> str:
         return "new" if state == "done" else state
     if all(is_done(step, record) for step in steps):
         return "done"
-    if any(_is_of_something_else(step, record) for step in steps):
+    if any(_is_of_something_else(step, record, workspace.out) for step in steps):
         return "changed"
     return "unfinished" if state == "done" else state
 
@@ -128,12 +129,14 @@ def needs_redo(workspace: Workspace, run: Run, device: str = "cpu") -> bool:
     )
 
 
-def _is_of_something_else(step: Step, record: RunRecord) -> bool:
+def _is_of_something_else(step: Step, record: RunRecord, out: Path) -> bool:
     """Whether a training was done, or has come to a checkpoint, with another fingerprint."""
     entry = record.step(step.name)
     if step.model is None or entry.get("fingerprint") in (None, step.fingerprint):
         return False
-    return bool(entry.get("done")) or any(step.model.glob("checkpoint_*.pth"))
+    # Of other cases it has another folder.
+    folder = out / entry["model"] if "model" in entry else step.model
+    return bool(entry.get("done")) or any(folder.glob("checkpoint_*.pth"))
 
 
 def epoch_seconds(fold_folder: Path) -> dict[int, float]:
@@ -153,9 +156,14 @@ def epoch_seconds(fold_folder: Path) -> dict[int, float]:
     return seconds
 
 
+def follows_plans(workspace: Workspace, run: Run) -> bool:
+    """Whether a training takes its length from the plans."""
+    return workspace.study.arms[run.arm].trainer in OUR_TRAINERS
+
+
 def updates_of(workspace: Workspace, run: Run, epochs: int) -> int:
     """Updates of S in so many epochs."""
-    if workspace.study.arms[run.arm].trainer in OUR_TRAINERS:
+    if follows_plans(workspace, run):
         return epochs * int(workspace.settings(run.arm)["iterations_per_epoch"])
     return epochs * VANILLA_UPDATES
 
@@ -344,8 +352,9 @@ def _decisive(plans: Mapping[str, Any], configuration: str, trainer: str) -> dic
     if trainer == "SupervisedBaselineTrainer":
         settings = settings.supervised()
     values = settings.decisive()
-    if trainer == "VanillaTrainer":
-        values = {name: value for name, value in values.items() if name in VANILLA_SETTINGS}
+    if trainer == "VanillaTrainer" or trainer in trainers_of_nnunet():
+        read = VANILLA_SETTINGS if trainer == "VanillaTrainer" else ()
+        values = {name: value for name, value in values.items() if name in read}
     entry[PLANS_KEY] = values
     return decisive
 

@@ -4,6 +4,7 @@
     OUT/nnUNet_preprocessed/DatasetNNN  links to the preprocessed cases, plans of every arm, splits_final.json
     OUT/nnUNet_results/DatasetNNN       <trainer>__<arm>__<configuration>/fold_<number>
     OUT/test/<set>/images|masks|lungs   links to the test cases
+    OUT/test/lungs                      lungs that were computed
     OUT/predictions/<arm>/<run>         what each model found
     OUT/runs/<arm>/<run>.json           what was done, how long it took, what went wrong
     OUT/logs/<arm>/<run>/<step>.txt     all that the commands said
@@ -134,6 +135,7 @@ class Workspace:
         self._numbers: dict[str, int] = {}
         self._file_sizes: dict[str, dict[str, int]] = {}
         self._test_sets: dict[str, TestSet] = {}
+        self._read: set[Path] = set()
         self.preparation_seconds = 0.0
 
     @cached_property
@@ -398,19 +400,39 @@ class Workspace:
 
     def _find_lungs(self, folder: Path, cases: Sequence[str]) -> None:
         """Compute lung masks of test cases."""
-        if cases:
-            if not self.find_lungs:
-                raise UnpreparedError(f"The lungs of {len(cases)} test cases have not been found yet.")
-            (folder / "lungs").mkdir(exist_ok=True)
-            jobs = [(self._images(case)[0], folder / "lungs" / f"{case}{self.ending}", self._organ()) for case in cases]
-            results = run_jobs(_write_lungs, jobs, num_processes=cores(), description="Lungs of the test cases")
+        if not cases:
+            return
+        made = self.out / "test" / "lungs"
+        made.mkdir(exist_ok=True)
+        with FileLock(made.with_suffix(".lock")):
+            record = made / "computed.json"
+            known = read_json(record) if record.is_file() else {}
+            images = {case: self._images(case)[0] for case in cases}
+            stamps = {
+                case: [VERSION, self._organ(), str(path.resolve()), *file_stamp(path)] for case, path in images.items()
+            }
+            targets = {case: made / f"{case}{self.ending}" for case in cases}
+            left = [case for case in cases if known.get(case) != stamps[case] or not targets[case].is_file()]
+            if left and not self.find_lungs:
+                raise UnpreparedError(f"The lungs of {len(left)} test cases have not been found yet.")
+            jobs = [(images[case], targets[case], self._organ()) for case in left]
+            results = run_jobs(
+                _write_lungs, jobs, num_processes=cores(), description="Lungs of the test cases" if jobs else None
+            )
             raise_problems([result for result in results if result], "the test cases")
+            if left:
+                write_json(record, known | stamps)
+        (folder / "lungs").mkdir(exist_ok=True)
+        for case in cases:
+            link(targets[case], folder / "lungs" / f"{case}{self.ending}")
 
     def _check_test_set(self, folder: Path, cases: Sequence[str]) -> None:
         """Masks that do not match their scans are better known before a training than after it."""
         from gasnet_nnunet.evaluation import check_references, check_scans
 
-        check_scans(sorted((folder / "images").iterdir()), num_processes=cores())
+        # Choices of masks share most of their test cases: each is read once.
+        scans = self._unread(sorted((folder / "images").iterdir()))
+        check_scans(scans, num_processes=cores())
         problems = []
         for case in cases:
             expected = read_grid(folder / "images" / f"{case}_0000{self.ending}")
@@ -421,11 +443,16 @@ class Workspace:
         raise_problems(problems, "the test cases")
         # The dataset's own labels have been read already.
         others = [case for case in cases if case in self.truths or case not in self.cohort.cases]
+        masks = self._unread([folder / "masks" / f"{case}{self.ending}" for case in others])
         check_references(
-            {case: folder / "masks" / f"{case}{self.ending}" for case in others},
+            {path.name: path for path in masks},
             labels=declared_labels(self.dataset_json).values,
             num_processes=cores(),
         )
+        self._read |= {path.resolve() for path in (*scans, *masks)}
+
+    def _unread(self, paths: Sequence[Path]) -> list[Path]:
+        return [path for path in paths if path.resolve() not in self._read]
 
     def _write_splits(self) -> None:
         """Number the folds, old ones as they were, and write them for nnU-Net."""
@@ -513,12 +540,19 @@ def check_folder(out: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A symbolic link, or hard links where the file system or its rights allow none; nothing that exists is touched."""
+    """A symbolic link, or hard links where the file system or its rights allow none; only a link is ever replaced."""
+    source = source.resolve()
+    if target.is_symlink() and target.resolve() != source:
+        # The user's folders have been moved; the old ones may still be there, with other data.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.symlink_to(source, target_is_directory=source.is_dir())
+        os.replace(temporary, target)
     if target.is_symlink() or target.exists():
         return
-    source = source.resolve()
     try:
         target.symlink_to(source, target_is_directory=source.is_dir())
+    except FileExistsError:  # by another command that opens the same study
+        return
     except (OSError, NotImplementedError):
         if source.is_dir():
             shutil.copytree(source, target, copy_function=os.link)
