@@ -147,22 +147,23 @@ def parts(dataset: str, plans: str, configuration: str, device: str, iterations:
 
 
 def loading(dataset: str, plans: str, configuration: str, device: str, iterations: int) -> dict[str, Any]:
-    """Loading and augmenting the patches of one iteration, by one worker."""
+    """Loading and augmenting the patches of one iteration, each stream by one worker.
+
+    Returns:
+        Of each stream its seconds, and how many workers it has for each of `nnUNet_n_proc_DA`.
+    """
     trainer = _trainer("GASNetTrainer", dataset, plans, configuration, device)
     settings = trainer.settings
-
-    def load() -> None:
-        next(trainer.dataloader_train)
-        if trainer._pasted is not None:
-            next(trainer._pasted)
-        for _ in range(1 + settings.discriminator_steps):
-            next(trainer._pairs)
-
-    result = _measure(load, trainer.device, iterations)
-    if trainer._background is not None:
-        share = settings.weight_healthy and settings.healthy_outside
-        result["seconds"] += share * _measure(lambda: next(trainer._background), trainer.device, iterations)["seconds"]
-    return result
+    streams = {
+        "masked patches": (trainer.dataloader_train, 1, 1.0),
+        "pairs": (trainer._pairs, 1 + settings.discriminator_steps, 1.0),
+        "pasted lesions": (trainer._pasted, 1, 0.5),
+    }
+    return {
+        name: {"seconds": times * _measure(lambda: next(stream), trainer.device, iterations)["seconds"], "share": share}  # noqa: B023
+        for name, (stream, times, share) in streams.items()
+        if stream is not None
+    }
 
 
 def _trainer(name: str, dataset: str, plans: str, configuration: str, device: str) -> Any:
@@ -251,12 +252,13 @@ def _print(results: dict[str, dict[str, Any]], device: str) -> None:
         row(name, f"{part['count']:g}", part["seconds"])
     row("sum of the parts", "", total)
     table.add_section()
-    row("loading its patches, one worker", "", results["loading"]["seconds"])
+    for name, stream in results["loading"].items():
+        row(f"loading its {name}, one worker", "", stream["seconds"])
     console = Console()
     console.print(table)
     console.print(f"GASNet iteration / sum of its parts: {iteration / total:.2f}")
-    workers = results["loading"]["seconds"] / iteration
-    console.print(f"Workers that keep up with it: {workers:.2f}, so {max(1, -(-workers // 1)):.0f}")
+    workers = max(stream["seconds"] / stream["share"] / iteration for stream in results["loading"].values())
+    console.print(f"nnUNet_n_proc_DA that keeps up with it: {workers:.2f}, so {max(1, -(-workers // 1)):.0f}")
     console.print(f"{Path(__file__).name}: {os.cpu_count()} cores")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,11 @@ from gasnet_nnunet.synthesis import restore
 
 Input = Literal["healthy", "restored", "diseased", "generated"]
 """The four inputs of D: I_h, I_s, I_d, I_g."""
+
+
+GENERATOR_GRADIENT = 2.0**-6
+"""Factor of the gradient that enters G. Adam steps alike with any; but D makes it large, and S shares its loss scale on
+cuda, which large gradients in half precision push so far down that the faint ones of S are rounded away."""
 
 
 class Adversary:
@@ -73,7 +79,7 @@ class Adversary:
         Shape: (B, C, Z, Y, X) in [-1, 1] -> (B, C, Z, Y, X) in [-1, 1]
         """
         assert self.generator is not None
-        return self.generator(diseased)
+        return losses.scale_gradient(self.generator(diseased), GENERATOR_GRADIENT)
 
     def fooling_terms(self, diseased: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`BCE(D(I_s), 0)` and `BCE(D(I_g), 0)`, weighted: what S and G minimise of L_GAN, sharing one G(I_d).
@@ -148,7 +154,10 @@ class Adversary:
             report[f"L_D_{name}"] = loss.detach()
             report[f"D_{name}"] = logit.detach().sigmoid().mean()
         total.backward()
-        optimizer.step()
+        # S and G overflow in half precision now and then. The scaler guards their steps; one such draw would cost all
+        # of D's weights, and with them every later step of S.
+        if torch.isfinite(nn.utils.clip_grad_norm_(self.discriminator.parameters(), math.inf)):
+            optimizer.step()
         return report
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -119,25 +120,28 @@ def estimate_cost(configuration: dict[str, Any], *, channels: int, labels: int, 
             build_discriminator(settings, topology, channels),
         )
 
-    bfloat16 = settings.cpu_bfloat16 and cpu_computes_in_bfloat16()
+    # D is always in single precision.
+    mixed = training_precision(device, bfloat16=settings.cpu_bfloat16 and cpu_computes_in_bfloat16())
     per_volume = np.prod(patch) / np.prod(timed)
     counts = (passes.segmenter, passes.generator, passes.discriminator)
+    precisions: tuple[AbstractContextManager[Any], ...] = (mixed, mixed, nullcontext())
     seconds = per_volume * sum(
-        count * _seconds_of_a_pass(network.to(device), channels, timed, device, bfloat16=bfloat16 and name != "D")
-        for name, count, network in zip("SGD", counts, build(), strict=True)
+        count * _seconds_of_a_pass(network.to(device), channels, timed, device, precision)
+        for precision, count, network in zip(precisions, counts, build(), strict=True)
         if count
     )
     with torch.device("meta"):
         maps_s, maps_g, maps_d = (_feature_maps(network, channels, patch) for network in build())
     # The heaviest moment: S(I_d), G(I_d), D(I_s) and D(I_g) share one backward; or S on the labelled batch alone.
-    heaviest = max(batch_size * maps_s, volumes * (maps_s + bool(counts[1]) * maps_g + bool(counts[2]) * 2 * maps_d))
     # Without mixed precision every value takes twice the room.
-    precision = 2 if device == "cpu" else 1
+    room = 2 if device == "cpu" else 1
+    adversary = bool(counts[1]) * room * maps_g + bool(counts[2]) * 2 * 2 * maps_d
+    heaviest = max(batch_size * room * maps_s, volumes * (room * maps_s + adversary))
     return Cost(
         device=torch.cuda.get_device_name() if device == "cuda" else device,
         seconds_per_iteration=float(seconds),
         hours=float(seconds) * settings.num_epochs * settings.iterations_per_epoch / 3600,
-        memory_gb=heaviest * precision * _bytes_per_feature_map_voxel(configuration) / 1e9,
+        memory_gb=heaviest * _bytes_per_feature_map_voxel(configuration) / 1e9,
         disk_gb=voxels * (BYTES_PER_VOXEL + 4 * (channels - 1)) / 1e9,
     )
 
@@ -163,7 +167,7 @@ def _timed_patch(patch: tuple[int, ...], topology: Topology, most: int) -> tuple
 
 
 def _seconds_of_a_pass(
-    network: nn.Module, channels: int, patch: tuple[int, ...], device: str, *, bfloat16: bool
+    network: nn.Module, channels: int, patch: tuple[int, ...], device: str, precision: AbstractContextManager[Any]
 ) -> float:
     """Seconds of one forward and backward pass of one volume, the fastest of three.
 
@@ -179,7 +183,7 @@ def _seconds_of_a_pass(
             torch.set_num_threads(1)
         for _ in range(3):
             start = clock()
-            with training_precision(device, bfloat16=bfloat16):
+            with precision:
                 out = network(x)
             loss = torch.stack([o.float().square().mean() for o in (out if isinstance(out, list | tuple) else [out])])
             loss.sum().backward()

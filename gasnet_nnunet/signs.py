@@ -35,6 +35,9 @@ ALIKE = 1.5
 EMPTY = 1e-3
 """Mean M^ on diseased volumes below which the mask is empty."""
 
+LOW_SCALE = 1.0
+"""Loss scale below which half precision has no room left; nnU-Net begins with 65536."""
+
 
 @dataclass(frozen=True)
 class Sign:
@@ -100,12 +103,23 @@ def best_epoch(curves: pd.DataFrame) -> int | None:
 
 
 def not_finite(curves: pd.DataFrame) -> Finding:
-    """A loss of S that was a number and is none any more."""
-    finite = np.isfinite(curves["L_lab"])
-    if bool(finite.iloc[-1]):
-        return False, "The losses are numbers to the end."
-    last = curves.loc[finite, "epoch"].max()
-    return True, f"L_lab is no number any more after epoch {last:.0f}: the weights are lost. Lower learning_rate_s."
+    """A loss that was a number and is none any more."""
+    for name in ("L_lab", *(str(column) for column in curves if str(column).startswith("L_"))):
+        finite = np.isfinite(curves[name])
+        if finite.any() and not bool(finite.iloc[-1]):
+            rate = "learning_rate_d" if name.startswith("L_D_") else "learning_rate_s"
+            last = curves.loc[finite, "epoch"].max()
+            return True, f"{name} is no number any more after epoch {last:.0f}: the weights are lost. Lower {rate}."
+    return False, "The losses are numbers to the end."
+
+
+def overflowing(curves: pd.DataFrame) -> Finding:
+    """A loss scale so low that gradients must have overflowed again and again; each time the update was left out."""
+    scale = float(curves["loss_scale"].iloc[-1])
+    text = f"nnU-Net's loss scale at the end: {scale:g}."
+    if scale >= LOW_SCALE:
+        return False, text
+    return True, f"{text} S and G overflow in half precision, and their updates are left out. Lower learning_rate_s."
 
 
 def healthy_rises_late(curves: pd.DataFrame) -> Finding:
@@ -170,6 +184,7 @@ def discriminator_blind(curves: pd.DataFrame) -> Finding:
 
 SIGNS: dict[str, tuple[tuple[str, ...], Callable[[pd.DataFrame], Finding]]] = {
     "losses no longer numbers": (("L_lab",), not_finite),
+    "updates left out": (("loss_scale",), overflowing),
     "M^ rising late on healthy volumes": (("M_healthy",), healthy_rises_late),
     "M^ alike on both kinds": (("M_healthy", "M_diseased"), alike_on_both_kinds),
     "an empty or wrong mask": (("M_diseased",), mask_empty),

@@ -106,7 +106,9 @@ class GASNetStep:
         self._bfloat16 = settings.cpu_bfloat16 and cpu_computes_in_bfloat16()
         self.average: AveragedModel | None = None
         if settings.averaged_iterations > 1:
-            self.average = AveragedModel(plain_module(segmenter), avg_fn=_moving_average(settings.averaged_iterations))
+            # The device is where its count lives, too.
+            average = _moving_average(settings.averaged_iterations)
+            self.average = AveragedModel(plain_module(segmenter), device=device, avg_fn=average)
             self.average.requires_grad_(False).eval()
 
     @property

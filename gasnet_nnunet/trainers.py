@@ -368,7 +368,8 @@ class GASNetTrainer(nnUNetTrainer):
                     lesions=self.gasnet_step.task.lesions,
                     **options,
                 )
-                self._pasted = self._start_stream(pasted, min(1, get_allowed_n_proc_DA()))
+                # A pair takes one augmentation of two patches, a pasted patch two; there are fewer of them.
+                self._pasted = self._start_stream(pasted, math.ceil(get_allowed_n_proc_DA() / 2))
         if settings.weight_healthy and settings.healthy_outside:
             background = nnUNetDataLoader(
                 self._open_dataset(cases.healthy),
@@ -610,11 +611,16 @@ class GASNetTrainer(nnUNetTrainer):
         """nnU-Net's, with our curves, gallery, and checkpoints by our rule and by the clock."""
         epoch = self.current_epoch
         seconds = time() - self.logger.get_value("epoch_start_timestamps", step=-1)
-        self._extra_columns.update(lr_S=self.optimizer.param_groups[0]["lr"], seconds=seconds)
+        scale = math.nan if self.grad_scaler is None else self.grad_scaler.get_scale()
+        self._extra_columns.update(lr_S=self.optimizer.param_groups[0]["lr"], loss_scale=scale, seconds=seconds)
         # nnU-Net saves `checkpoint_latest` in there every 50 epochs, and this epoch has to be in it.
         is_best = self.best_epoch.update(self._extra_columns["score"])
         self.curves.append(epoch, self._extra_columns)
         super().on_epoch_end()
+        # At once: a `checkpoint_latest` of this epoch takes it for saved.
+        if is_best:
+            self.print_to_log_file(f"New best score (moving average): {self.best_epoch.best:.4f}")
+            self._save_epoch("checkpoint_best.pth")
         self._report_epoch(epoch)
         every = self.settings.gallery_every_epochs
         if every and ((epoch + 1) % every == 0 or epoch + 1 == self.num_epochs):
@@ -623,15 +629,16 @@ class GASNetTrainer(nnUNetTrainer):
             gallery = Path(self.output_folder) / "gasnet_gallery" / f"epoch_{epoch:04d}.png"
             pseudo_on = not math.isnan(self._extra_columns["L_ps"])
             self.watch.draw_gallery(gallery, pseudo_on=pseudo_on, aspect=spacing[1] / spacing[2])
-        # As in nnU-Net's on_train_end: the epoch counter has moved on, and a checkpoint stores the one after it.
-        self.current_epoch -= 1
-        if is_best:
-            self.print_to_log_file(f"New best score (moving average): {self.best_epoch.best:.4f}")
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
         overdue = monotonic() - self._last_save > 60 * self.settings.save_every_minutes
         if overdue and epoch + 1 < self.num_epochs:
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+            self._save_epoch("checkpoint_latest.pth")
             self._last_save = monotonic()
+
+    def _save_epoch(self, name: str) -> None:
+        """Save the epoch that has just ended."""
+        # As in nnU-Net's on_train_end: the epoch counter has moved on, and a checkpoint stores the one after it.
+        self.current_epoch -= 1
+        self.save_checkpoint(str(Path(self.output_folder) / name))
         self.current_epoch += 1
 
     def _report_epoch(self, epoch: int) -> None:

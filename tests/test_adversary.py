@@ -100,6 +100,34 @@ def test_the_terms_are_those_of_the_equations() -> None:
     torch.testing.assert_close(reconstruction, expected_reconstruction)
 
 
+def test_a_draw_that_overflows_costs_one_update_of_d() -> None:
+    adversary = adversary_of()
+    before = weights(adversary, "discriminator")
+    diseased, healthy, mask = pair()
+    report = adversary.discriminator_step(diseased * torch.inf, healthy, mask * torch.nan)
+    assert torch.isnan(report["L_D_restored"])
+    assert adversary.discriminator is not None
+    parameters = dict(adversary.discriminator.named_parameters())
+    assert all(torch.equal(before[name], value) for name, value in parameters.items())
+    report = adversary.discriminator_step(diseased, healthy, mask)
+    assert all(torch.isfinite(value) for value in report.values())
+    assert not all(torch.equal(before[name], value) for name, value in parameters.items())
+
+
+def test_the_gradient_of_g_leaves_room_in_half_precision() -> None:
+    adversary = adversary_of()
+    x = torch.linspace(-1, 1, 432).reshape(1, 1, 4, 12, 9)
+    assert adversary.generator is not None
+    gradients = []
+    for generate in (adversary.generator, adversary.generate):
+        adversary.optimizers["generator"].zero_grad()
+        generated = generate(x)
+        generated.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in adversary.generator.parameters()])
+    torch.testing.assert_close(gradients[1], [gradient / 64 for gradient in gradients[0]])
+    torch.testing.assert_close(adversary.generate(x), adversary.generator(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients_flow_into_s_and_g_and_s_gets_its_share(channels: int) -> None:
     gradients = {}

@@ -28,6 +28,7 @@ WELL: dict[str, Any] = {
     "M_diseased": 0.2,
     "pseudo_dice": np.linspace(0.0, 0.8, EPOCHS),
     "score": np.linspace(0.1, 0.9, EPOCHS),
+    "loss_scale": 2.0**14,
 }
 
 
@@ -59,6 +60,8 @@ def test_nothing_is_found_in_a_good_training() -> None:
     [
         ("losses no longer numbers", {"L_lab": late(12, -0.5, math.nan)}),
         ("losses no longer numbers", {"L_lab": late(12, -0.5, math.inf)}),
+        ("losses no longer numbers", {"L_D_healthy": late(12, 0.5, math.nan)}),
+        ("updates left out", {"loss_scale": late(12, 2.0**14, 2.0**-9)}),
         ("M^ rising late on healthy volumes", {"M_healthy": late(15, FALLING, 0.12)}),
         ("M^ alike on both kinds", {"M_diseased": 0.02, "M_healthy": 0.018}),
         ("an empty or wrong mask", {"M_diseased": late(5, 0.1, 2e-4), "M_healthy": late(5, 0.05, 1e-5)}),
@@ -76,6 +79,7 @@ def test_each_sign_is_found_alone(name: str, columns: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "columns",
     [
+        {"L_ps": late(5, math.nan, 0.3)},  # not on yet
         {"M_healthy": FALLING[::-1] / 8},  # little, although it doubles
         {"M_healthy": late(3, 0.3, 0.02)},  # early, and gone
         {"M_healthy": [0.02] * 10 + [0.15] + [0.02] * 9},  # one epoch

@@ -43,7 +43,16 @@ NNUNET_KEYS = {
     *("network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args"),
     *("trainer_name", "inference_allowed_mirroring_axes"),
 }
-EPOCH_COLUMNS = ("M_healthy", "M_diseased", "false_positive_share", "pseudo_dice", "score", "lr_S", "seconds")
+EPOCH_COLUMNS = (
+    "M_healthy",
+    "M_diseased",
+    "false_positive_share",
+    "pseudo_dice",
+    "score",
+    "lr_S",
+    "loss_scale",
+    "seconds",
+)
 
 
 # Datasets -------------------------------------------------------------------------------------------------------------
