@@ -158,6 +158,8 @@ def loading(dataset: str, plans: str, configuration: str, device: str, iteration
         "masked patches": (trainer.dataloader_train, 1, 1.0),
         "pairs": (trainer._pairs, 1 + settings.discriminator_steps, 1.0),
         "pasted lesions": (trainer._pasted, 1, 0.5),
+        # One worker, however many the others have.
+        "healthy patches anywhere": (trainer._background, settings.healthy_outside, 0.0),
     }
     return {
         name: {"seconds": times * _measure(lambda: next(stream), trainer.device, iterations)["seconds"], "share": share}  # noqa: B023
@@ -257,7 +259,8 @@ def _print(results: dict[str, dict[str, Any]], device: str) -> None:
     console = Console()
     console.print(table)
     console.print(f"GASNet iteration / sum of its parts: {iteration / total:.2f}")
-    workers = max(stream["seconds"] / stream["share"] / iteration for stream in results["loading"].values())
+    streams = [stream for stream in results["loading"].values() if stream["share"]]
+    workers = max(stream["seconds"] / stream["share"] / iteration for stream in streams)
     console.print(f"nnUNet_n_proc_DA that keeps up with it: {workers:.2f}, so {max(1, -(-workers // 1)):.0f}")
     console.print(f"{Path(__file__).name}: {os.cpu_count()} cores")
 

@@ -162,14 +162,21 @@ class Adversary:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of G and D and the states of their optimisers."""
-        states = {name: network.state_dict() for name, network in self._networks().items()}
-        return {**states, **{f"optimizer_{name}": opt.state_dict() for name, opt in self.optimizers.items()}}
+        states: dict[str, Any] = {name: network.state_dict() for name, network in self._networks().items()}
+        states |= {f"optimizer_{name}": opt.state_dict() for name, opt in self.optimizers.items()}
+        return states if self.generator is None else {**states, "generator_gradient": GENERATOR_GRADIENT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         for name, network in self._networks().items():
             network.load_state_dict(state[name])
             self.optimizers[name].load_state_dict(state[f"optimizer_{name}"])
+        ratio = GENERATOR_GRADIENT / state.get("generator_gradient", 1.0)
+        if self.generator is not None and ratio != 1:
+            # Moments of an earlier version's larger gradients would all but stop Adam for thousands of steps.
+            for moments in self.optimizers["generator"].state.values():
+                moments["exp_avg"] *= ratio
+                moments["exp_avg_sq"] *= ratio**2
 
     def _judge(self, x: Tensor) -> Tensor:
         assert self.discriminator is not None

@@ -226,12 +226,20 @@ def _known(cases: CaseFiles, num_processes: int) -> tuple[CaseFiles, list[str]]:
         UserError: A mask cannot be used, or nothing is known of any case.
     """
     labels = cases.labels
-    ill = check_references(
-        cases.references,
-        labels=labels.values if labels else None,
-        ignore_label=labels.ignore if labels else None,
-        num_processes=num_processes,
-    )
+    try:
+        ill = check_references(
+            cases.references,
+            labels=labels.values if labels else None,
+            ignore_label=labels.ignore if labels else None,
+            num_processes=num_processes,
+        )
+    except UserError as error:
+        if labels is None or cases.declared:
+            raise
+        raise UserError(
+            f"{error} No dataset.json that says what their values mean lies with the masks: only those on which all "
+            "models agree are taken. Put one with their labels beside them."
+        ) from None
     unknown = [case for case, lesion in ill.items() if lesion is None]
     healthy = [case for case, lesion in ill.items() if lesion is False]
     if not unknown:
@@ -259,7 +267,7 @@ def _with_classes(frames: Mapping[str, pd.DataFrame], cases: CaseFiles) -> tuple
     columns = [f"{CLASS_PREFIX}{name}" for name in cases.classes]
     any_frame = next(iter(frames.values()))
     absent = [name for name, column in zip(cases.classes, columns, strict=True) if any_frame[column].isna().all()]
-    if not absent or cases.classes_declared:
+    if not absent or cases.declared or not (any_frame["lesion_ml"] > 0).any():
         return frames, ""
     remark = (
         f"no mask shows {' or '.join(absent)}, so the masks may not tell classes apart and none has a Dice of its own; "

@@ -66,7 +66,7 @@ class CaseFiles:
         lungs: Lung masks of some cases, or of all.
         labels: What the `dataset.json` of the masks declares, else what those of the models agree on.
         classes: Label values of each lesion class, where there are several.
-        classes_declared: Whether the masks' own `dataset.json` says that they tell the classes apart.
+        declared: Whether `labels` are of the masks' own `dataset.json`.
         notes: What is odd about it, one sentence each.
         patients: Whom the cases show, as far as it is known.
     """
@@ -76,7 +76,7 @@ class CaseFiles:
     lungs: Mapping[str, Path] = field(default_factory=dict)
     labels: DeclaredLabels | None = None
     classes: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    classes_declared: bool = False
+    declared: bool = False
     notes: tuple[str, ...] = ()
     patients: Mapping[str, str] = field(default_factory=dict)
 
@@ -243,7 +243,7 @@ def find_cases(
         lungs={case: found_lungs[case] for case in cases if case in found_lungs},
         labels=_labels([of_masks] if "labels" in of_masks else of_models),
         classes=lesion_classes([*of_models, *([of_masks] if "labels" in of_masks else [])]),
-        classes_declared="labels" in of_masks,
+        declared="labels" in of_masks,
         notes=tuple(notes),
         patients=_patients(cases, masks, manifest),
     )
@@ -347,7 +347,8 @@ def _learnt(folder: Path, folds: Sequence[str], cases: Sequence[str]) -> tuple[s
     if "all" in folds:
         return tuple(cases)
     recorded = [recorded_cases(folder / f"fold_{fold}") for fold in folds]
-    return tuple(case for case in cases if any(fold is not None and case in fold.train for fold in recorded))
+    twice = {case for fold in recorded if fold is not None for case in set(fold.train) & set(fold.val)}
+    return tuple(case for case in cases if case in twice)
 
 
 def _with_checkpoints(model: Model, folds: Sequence[str] | None, trained: Sequence[str]) -> Model:

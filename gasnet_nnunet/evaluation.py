@@ -423,9 +423,8 @@ def _read_labels(path: Path, allowed: frozenset[int] | None) -> tuple[NDArray[An
     undeclared = sorted(int(value) for value in values if allowed is not None and int(value) not in allowed)
     if allowed is not None and undeclared:
         raise UserError(
-            f"{path} holds {undeclared[:8]}, which dataset.json does not declare (declared: {sorted(allowed)}; of "
-            "masks without one, what those of all models declare alike). Correct the file, or the labels in a "
-            "dataset.json beside it."
+            f"{path} holds {undeclared[:8]}, which dataset.json does not declare (declared: {sorted(allowed)}). "
+            "Correct the file or the labels."
         )
     return array, grid
 

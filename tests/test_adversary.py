@@ -128,6 +128,21 @@ def test_the_gradient_of_g_leaves_room_in_half_precision() -> None:
     torch.testing.assert_close(adversary.generate(x), adversary.generator(x), rtol=0, atol=0)
 
 
+def test_a_training_of_before_goes_on_with_moments_of_the_gradients_that_g_gets_now() -> None:
+    resumed, moments = adversary_of(), []
+    adversary = adversary_of()
+    step_generator(adversary, 0)
+    state = copy_of(adversary.state_dict())
+    for scale in (1.0, 64.0):
+        for entry in state["optimizer_generator"]["state"].values():
+            entry["exp_avg"] *= scale
+            entry["exp_avg_sq"] *= scale**2
+        resumed.load_state_dict(copy_of(state))
+        moments.append(copy_of(resumed.optimizers["generator"].state_dict()["state"]))
+        state.pop("generator_gradient", None)
+    torch.testing.assert_close(moments[1], moments[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients_flow_into_s_and_g_and_s_gets_its_share(channels: int) -> None:
     gradients = {}
@@ -279,7 +294,8 @@ def test_terms_that_are_off_build_no_network(on: dict[str, Any], generator: bool
     assert (adversary.discriminator is not None) == discriminator == adversary.settings.needs_discriminator
     names = [name for name, built in (("generator", generator), ("discriminator", discriminator)) if built]
     assert list(adversary.optimizers) == names
-    assert set(adversary.state_dict()) == {*names, *(f"optimizer_{name}" for name in names)}
+    expected = {*names, *(f"optimizer_{name}" for name in names), *(["generator_gradient"] if generator else [])}
+    assert set(adversary.state_dict()) == expected
     diseased, healthy, mask = pair()
     assert bool(adversary.fooling_terms(diseased, mask)) == discriminator
     assert (adversary.reconstruction_term(healthy) is not None) == bool(on.get("weight_reconstruction"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,9 +308,16 @@ def test_validation_folders_are_compared(data: Path, trained: Path) -> None:
         find_model("one", trained / "fold_1", folds=["0"], validation=True)
     with pytest.raises(UserError, match=r"predicted different cases .* or choose folds with -f"):
         find_cases([model, one], data / "mask", images=data / "ct", needs_images=False)
-    assert not cases.notes
-    fold = Fold(train=CASES[1:], val=CASES[1:], diseased=(), healthy=(), val_diseased=(), val_healthy=())
-    (trained / "fold_1/debug.json").write_text(json.dumps({"_cases": str(fold)}))
+
+    def record(fold: int, train: Sequence[str], val: Sequence[str]) -> None:
+        cases = Fold(tuple(train), tuple(val), diseased=(), healthy=(), val_diseased=(), val_healthy=())
+        (trained / f"fold_{fold}/debug.json").write_text(json.dumps({"_cases": str(cases)}))
+
+    record(0, CASES[1:], CASES[:1])
+    record(1, CASES[:1], CASES[1:])
+    model = find_model(None, trained, validation=True)
+    assert not find_cases([model], data / "mask", needs_images=False).notes
+    record(1, CASES[1:], CASES[1:])
     one = find_model("one", trained / "fold_1", validation=True)
     note = find_cases([one], data / "mask", needs_images=False).notes[0]
     assert note.startswith("one has learnt from diseased_8, healthy_7")

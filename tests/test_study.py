@@ -201,7 +201,11 @@ def test_command_line_assigns_entries_of_the_study_and_settings(
         ("dataset: 1\narms:\n  a: {}\n  a: {}\n", "arms.a (line 4): is there twice."),
         ("dataset: 1\narms: {a: {segmenter: vnet}}\n", "Did you mean 'vbnet'?"),
         ("dataset: 1\narms: {a__b: {}}\n", "no '__'"),
-        ("dataset: 1\narms: {a-round1: {}}\n", "arms.a-round1 (line 2): the study itself makes files of that name"),
+        (
+            "dataset: 1\narms: {a: {pseudo_labels: {}}, a-round1: {}}\n",
+            "arms.a-round1 (line 2): the study itself makes files of that name",
+        ),
+        ("dataset: 1\narms: {a: {}, b: {init_from: a}, b-fold3: {}}\n", "arms.b-fold3 (line 2): the study itself"),
         ("dataset: 1\narms: {dataset: {}}\n", "the study itself makes files of that name"),
         (
             "dataset: 1\narms: {a: {}, b: {trainer: VanillaTrainer, init_from: a}}\n",

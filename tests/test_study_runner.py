@@ -308,8 +308,7 @@ def test_cases_are_those_of_the_folders_that_are_set_now(tmp_path: Path) -> None
     for place in ("before", "now"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "case").write_text(place)
-        for name in ("folder", "again"):
-            link(tmp_path / place, tmp_path / name)
+        link(tmp_path / place, tmp_path / "folder")
         link(tmp_path / place / "case", tmp_path / "file")
     assert (tmp_path / "folder/case").read_text() == (tmp_path / "file").read_text() == "now"
     (tmp_path / "own").write_text("mine")
@@ -331,7 +330,7 @@ def test_lungs_of_a_case_are_found_once_for_all_choices(
         return found(function, jobs, **options)
 
     monkeypatch.setattr(workspace_module, "run_jobs", count)
-    name = write_study(tmp_path / "files", arms={"supervised": {}}, test="rest", repeats=3, masks=[1])
+    name = write_study(tmp_path / "out", arms={"supervised": {}}, test="rest", repeats=3, masks=[1])
     workspace = open_workspace(load_study(name), tmp_path / "out")
     tests = [workspace.test_set(deal) for deal in workspace.deals]
     cases = {case for test in tests for case in test.cases}
@@ -341,28 +340,26 @@ def test_lungs_of_a_case_are_found_once_for_all_choices(
     for test in tests:
         assert test.lungs is not None
         assert all((test.lungs / f"{case}.nii.gz").stat().st_size for case in test.cases)
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    again = open_workspace(load_study(str(moved / "study.yaml")), moved)
+    for deal in again.deals:
+        test = again.test_set(deal)
+        assert test.lungs is not None
+        assert all((test.lungs / f"{case}.nii.gz").is_file() for case in test.cases)
+    assert len(asked) == len(cases), "none of them twice"
 
 
-def test_trainers_of_nnunet_take_nothing_from_the_settings(study_folders: Path, tmp_path: Path) -> None:
-    def opened_with(**settings: Any) -> Workspace:
-        arms = {"own": {"trainer": "nnUNetTrainer"}, "vanilla": {"trainer": "VanillaTrainer"}}
-        name = write_study(tmp_path / "out", arms=arms, settings=settings)
-        return open_workspace(load_study(name), tmp_path / "out")
-
-    def fingerprints(workspace: Workspace) -> list[str]:
-        return [steps_of(workspace, run_of(workspace, arm), "cpu")[0].fingerprint for arm in ("own", "vanilla")]
-
-    workspace, longer = opened_with(num_epochs=1), opened_with(num_epochs=9)
-    (own, vanilla), (own_longer, vanilla_longer) = fingerprints(workspace), fingerprints(longer)
-    assert own == own_longer
-    assert vanilla != vanilla_longer
-    estimate = Estimate(longer, [run := run_of(longer, "own")])
+def test_progress_of_a_trainer_that_takes_a_length_of_its_own(study_folders: Path, tmp_path: Path) -> None:
+    name = write_study(tmp_path / "out", arms={"own": {"trainer": "nnUNetTrainer"}})
+    workspace = open_workspace(load_study(name), tmp_path / "out")
+    (run,) = workspace.runs
+    estimate = Estimate(workspace, [run])
     estimate.start(run)
     for line in ("Epoch 90 ", "Epoch time: 60.0 s"):
         estimate.hear(f"2026-01-01 10:00:00.000000: {line}")
     assert estimate.doing.endswith(", epoch 91")
     assert estimate.text() == "time left not known yet"
-    record_of(longer, run).note(state="done", epochs=1000, updates=250000, seconds=60000.0)
+    record_of(workspace, run).note(state="done", epochs=1000, updates=250000, seconds=60000.0)
     assert estimate.doing.endswith("epoch 91 of 1000")
     assert estimate.seconds() == pytest.approx(910 * 60, abs=1)
 

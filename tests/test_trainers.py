@@ -592,7 +592,8 @@ def test_curves_hold_every_epoch(finished: Finished) -> None:
     curves = finished.curves
     assert curves["epoch"].tolist() == [0, 1, 2]
     assert set(curves.columns) == {"epoch", *STEP_COLUMNS, *EPOCH_COLUMNS}
-    assert curves.drop(columns="L_ps").notna().all().all()
+    assert curves.drop(columns=["L_ps", "loss_scale"]).notna().all().all()
+    assert curves["loss_scale"].isna().all(), "of cuda alone"
     assert curves["L_ps"].notna().tolist() == [False, True, True]
     assert curves["lr_S"].tolist() == pytest.approx([0.01 * (1 - epoch / 3) ** 0.9 for epoch in range(3)])
     log = log_of(finished.trainer)
@@ -651,7 +652,7 @@ def test_checkpoint_holds_nnunets_keys_and_one_of_ours(finished: Finished) -> No
     )
     plain.load_state_dict(checkpoint["network_weights"], strict=True)
     assert set(checkpoint[CHECKPOINT_KEY]["adversary"]) == {
-        *("generator", "optimizer_generator", "discriminator", "optimizer_discriminator")
+        *("generator", "optimizer_generator", "discriminator", "optimizer_discriminator", "generator_gradient")
     }
     stored = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["gasnet"]
     assert stored == trainer.settings.to_dict()

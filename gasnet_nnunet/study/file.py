@@ -8,7 +8,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from gasnet_nnunet.study.definition import (
 )
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-TAKEN = re.compile(r".*-(fold|round)\d+|dataset|dataset_fingerprint|gasnet_cohort|gasnet_preprocessed|splits_final")
-"""Plans that a study makes for a fold or a round of an arm, and other files in their folder."""
+TAKEN = ("dataset", "dataset_fingerprint", "gasnet_cohort", "gasnet_preprocessed", "splits_final")
+"""Files beside an arm's plans."""
 NOT_ASSIGNED = ("settings", "arms", "seed")
 """Entries of a study that are not assigned by name: `seed` alone is that of the trainings, a setting."""
 PARTS: dict[tuple[str, ...], type[Part]] = {
@@ -116,22 +116,31 @@ def load_study(name_or_file: str, changes: Mapping[str, Any] | None = None) -> S
 def trainer_names() -> list[str]:
     """Trainers that nnU-Net would find, read from its files and those of `nnUNet_extTrainer` without importing them."""
     others = [Path(place) for place in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if place]
-    return sorted({*OUR_TRAINERS, *trainers_of_nnunet(), *_classes_in(others)})
+    return sorted({*OUR_TRAINERS, *_classes_in(_modules_in([*_trainers_folders(), *others]))})
+
+
+def _trainers_folders() -> list[Path]:
+    """Where nnU-Net has its trainers."""
+    spec = importlib.util.find_spec("nnunetv2")
+    return [Path(place) / "training" / "nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or ()]
 
 
 @cache
 def trainers_of_nnunet() -> frozenset[str]:
     """nnU-Net's own trainers, which know none of our settings."""
-    spec = importlib.util.find_spec("nnunetv2")
-    places = (spec and spec.submodule_search_locations) or ()
-    return _classes_in([Path(place) / "training" / "nnUNetTrainer" for place in places])
+    texts = _modules_in(_trainers_folders())
+    # Users put theirs there, too; one that goes on from ours imports it.
+    return _classes_in(text for text in texts if "gasnet_nnunet" not in text)
 
 
-def _classes_in(folders: Sequence[Path]) -> frozenset[str]:
-    texts = [
-        file.read_text(encoding="utf-8", errors="ignore") for folder in folders for file in sorted(folder.rglob("*.py"))
-    ]
-    return frozenset(name for text in texts for name in re.findall(r"^class (\w+)", text, re.MULTILINE))
+def _modules_in(folders: Sequence[Path]) -> Iterator[str]:
+    for folder in folders:
+        for file in folder.rglob("*.py"):
+            yield file.read_text(encoding="utf-8", errors="ignore")
+
+
+def _classes_in(modules: Iterable[str]) -> frozenset[str]:
+    return frozenset(name for text in modules for name in re.findall(r"^class (\w+)", text, re.MULTILINE))
 
 
 def segmenter_names() -> list[str]:
@@ -303,7 +312,7 @@ def _check(study: Study, problems: _Problems) -> None:
         place = ("arms", key)
         if not NAME.fullmatch(key) or "__" in key:
             problems.add(place, "an arm's key names its plans: letters, digits, '-' and '_' only, and no '__'.")
-        if TAKEN.fullmatch(key):
+        if key in TAKEN or _is_part_of_another(key, study):
             problems.add(place, "the study itself makes files of that name; call the arm otherwise.")
         trainers = trainers or trainer_names()
         if arm.trainer not in trainers and not _importable(arm.trainer):
@@ -331,6 +340,16 @@ def _check(study: Study, problems: _Problems) -> None:
     if study.plan is not None and study.plan.preset not in preset_names():
         preset = study.plan.preset
         problems.add(("plan", "preset"), f"there is no preset '{preset}'.{hint(preset, preset_names())}")
+
+
+def _is_part_of_another(key: str, study: Study) -> bool:
+    """Whether another arm has plans of this name, for one of its folds or of its rounds of pseudo-labels."""
+    found = re.fullmatch(r"(.+?)(-fold\d+)?(-round\d+)?", key)
+    other = study.arms.get(found[1]) if found else None
+    if found is None or other is None or found[1] == key:
+        return False
+    by_fold = bool(other.equal_time_with or other.init_from)
+    return by_fold == bool(found[2]) and (found[3] is None or other.pseudo_labels is not None)
 
 
 def _check_needs(study: Study, key: str, problems: _Problems) -> None:

@@ -126,7 +126,7 @@ class Estimate:
         except WaitingError:
             return 0
         record = record_of(self.workspace, run)
-        return sum(step.epochs for step in steps if is_done(step, record))
+        return sum(int(record.step(step.name).get("epochs", 0)) for step in steps if is_done(step, record))
 
     def _length(self, run: Run) -> int | None:
         """Epochs of all trainings of a run; of one of equal time that waits, those in its plans.

@@ -32,6 +32,7 @@ from gasnet_nnunet.study.steps import (
     WaitingError,
     epoch_seconds,
     is_done,
+    needs_redo,
     record_of,
     scores_of,
     steps_of,
@@ -90,10 +91,19 @@ class Runner:
         device: nnU-Net's `-device`.
         started: When the session began, by `time.monotonic`: before the study was prepared, whose time is part of it.
         watcher: Hears each line that a command says, and what goes on.
+        redo: Make runs again that were made for something else than the study asks for now; else they are left alone.
     """
 
-    def __init__(self, workspace: Workspace, device: str, *, started: float, watcher: Watcher | None = None) -> None:
-        self.workspace, self.device = workspace, device
+    def __init__(
+        self,
+        workspace: Workspace,
+        device: str,
+        *,
+        started: float,
+        watcher: Watcher | None = None,
+        redo: bool = True,
+    ) -> None:
+        self.workspace, self.device, self.redo = workspace, device, redo
         self.watcher = watcher or (lambda line: None)
         self.clock = Clock(started=started)
         self._locks: tuple[int, ...] = ()
@@ -103,7 +113,8 @@ class Runner:
 
         Returns:
             "done", "failed" where a command of it crashed, or "unfinished" where one was ended from outside; the record
-            says why. "running elsewhere" where another process is at it, or a command that has outlived its study.
+            says why. "changed" where it is left alone. "running elsewhere" where another process is at it, or a command
+            that has outlived its study.
         """
         record = record_of(self.workspace, run)
         record.path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +132,10 @@ class Runner:
         record.note(arm=run.arm, number=run.number, reason="", **_numbers(run))
         try:
             steps = steps_of(self.workspace, run, self.device)
+            # The file of a study may be edited while a job waits in the queue.
+            if not self.redo and needs_redo(self.workspace, run, self.device):
+                record.note(reason="made with other settings, plans or cases; --redo makes it again")
+                return "changed"
             record.note(state="unfinished")
             for step in steps:
                 if not is_done(step, record):

@@ -26,7 +26,7 @@ from gasnet_nnunet.study.definition import Study
 from gasnet_nnunet.study.file import load_study
 from gasnet_nnunet.study.prepare import prepare
 from gasnet_nnunet.study.runner import Runner, ended_by_signals
-from gasnet_nnunet.study.steps import needs_redo, state_of
+from gasnet_nnunet.study.steps import state_of
 from gasnet_nnunet.study.workspace import STUDY, Run, Workspace
 
 if TYPE_CHECKING:
@@ -197,14 +197,9 @@ class RunsJob:
         # submitit ignores SIGTERM, and so would worker processes: a pool that ends them by it would wait for ever.
         with ended_by_signals():
             workspace, device = prepare(load_study(str(self.out / STUDY)), self.out, Console(quiet=True), make=False)
-            runner = Runner(workspace, device, started=started)
-            runs = [run for run in workspace.runs if run.name in self.names]
-            # The study's file may have been edited since the job was submitted, or since it began for the first time.
-            kept = {run.name for run in runs if not self.redo and needs_redo(workspace, run, device)}
-            for name in sorted(kept):
-                print(f"{name} is left as it is: made with other settings, plans or cases; --redo makes it again.")
+            runner = Runner(workspace, device, started=started, redo=self.redo)
             try:
-                return ["changed" if run.name in kept else runner.run(run) for run in runs]
+                return [runner.run(run) for run in workspace.runs if run.name in self.names]
             finally:
                 runner.note_time()
 

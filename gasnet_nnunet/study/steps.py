@@ -19,7 +19,6 @@ from gasnet_nnunet.files import read_json, write_json, write_text
 from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
 from gasnet_nnunet.study.definition import OUR_TRAINERS
-from gasnet_nnunet.study.file import trainers_of_nnunet
 from gasnet_nnunet.study.workspace import Run, TestSet, Workspace, fingerprint, link, superseded
 
 EPOCH_TIME = re.compile(r"Epoch time: ([0-9.]+) s")
@@ -352,9 +351,8 @@ def _decisive(plans: Mapping[str, Any], configuration: str, trainer: str) -> dic
     if trainer == "SupervisedBaselineTrainer":
         settings = settings.supervised()
     values = settings.decisive()
-    if trainer == "VanillaTrainer" or trainer in trainers_of_nnunet():
-        read = VANILLA_SETTINGS if trainer == "VanillaTrainer" else ()
-        values = {name: value for name, value in values.items() if name in read}
+    if trainer == "VanillaTrainer":
+        values = {name: value for name, value in values.items() if name in VANILLA_SETTINGS}
     entry[PLANS_KEY] = values
     return decisive
 

@@ -278,7 +278,9 @@ class Workspace:
         marker = folder / "cases.json"
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            if not marker.is_file() or read_json(marker) != state:
+            # A study may have been moved, and the links to its own lungs lead nowhere then.
+            whole = all((folder / "lungs" / f"{case}{self.ending}").is_file() for case in computed)
+            if not whole or not marker.is_file() or read_json(marker) != state:
                 place = folder.with_name(f".{folder.name}.unfinished")
                 shutil.rmtree(place, ignore_errors=True)
                 for name, path in files.items():
@@ -544,9 +546,7 @@ def link(source: Path, target: Path) -> None:
     source = source.resolve()
     if target.is_symlink() and target.resolve() != source:
         # The user's folders have been moved; the old ones may still be there, with other data.
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.symlink_to(source, target_is_directory=source.is_dir())
-        os.replace(temporary, target)
+        target.unlink(missing_ok=True)
     if target.is_symlink() or target.exists():
         return
     try:
