@@ -226,20 +226,15 @@ def _known(cases: CaseFiles, num_processes: int) -> tuple[CaseFiles, list[str]]:
         UserError: A mask cannot be used, or nothing is known of any case.
     """
     labels = cases.labels
-    try:
-        ill = check_references(
-            cases.references,
-            labels=labels.values if labels else None,
-            ignore_label=labels.ignore if labels else None,
-            num_processes=num_processes,
-        )
-    except UserError as error:
-        if labels is None or cases.declared:
-            raise
-        raise UserError(
-            f"{error} No dataset.json that says what their values mean lies with the masks: only those on which all "
-            "models agree are taken. Put one with their labels beside them."
-        ) from None
+    ill = check_references(
+        cases.references,
+        labels=labels.values if labels else None,
+        ignore_label=labels.ignore if labels else None,
+        declared_by="dataset.json"
+        if cases.declared
+        else "a dataset.json beside the masks, or else every model's alike,",
+        num_processes=num_processes,
+    )
     unknown = [case for case, lesion in ill.items() if lesion is None]
     healthy = [case for case, lesion in ill.items() if lesion is False]
     if not unknown:

@@ -165,6 +165,7 @@ def check_references(
     *,
     labels: Iterable[int] | None = None,
     ignore_label: int | None = None,
+    declared_by: str = "dataset.json",
     num_processes: int = 1,
 ) -> dict[str, bool | None]:
     """Read true label maps, whose faults are better known before others are predicted.
@@ -173,6 +174,7 @@ def check_references(
         references: True label map of each case.
         labels: Values that label maps may hold; any whole numbers from 0 on if `None`.
         ignore_label: The value that is no lesion but ignored.
+        declared_by: What declares `labels`, for the error message.
         num_processes: Files read at a time.
 
     Returns:
@@ -182,7 +184,8 @@ def check_references(
         UserError: A file is no image or holds values that are no labels; all of them are named.
     """
     allowed = None if labels is None else frozenset(labels)
-    jobs = [_Job(path, path, None, allowed, {"ignore_label": ignore_label}) for path in references.values()]
+    options = {"ignore_label": ignore_label, "declared_by": declared_by}
+    jobs = [_Job(path, path, None, allowed, options) for path in references.values()]
     results = run_jobs(_has_lesion, jobs, num_processes=num_processes)
     raise_problems([result for result in results if isinstance(result, str)], "the masks")
     return {case: result for case, result in zip(references, results, strict=True) if not isinstance(result, str)}
@@ -405,7 +408,7 @@ def _fault(scan: Path) -> str:
 
 def _has_lesion(job: _Job) -> bool | str | None:
     try:
-        array, _ = _read_labels(job.reference, job.labels)
+        array, _ = _read_labels(job.reference, job.labels, job.options["declared_by"])
     except UserError as error:
         return str(error)
     ignored = array == job.options["ignore_label"]
@@ -414,7 +417,9 @@ def _has_lesion(job: _Job) -> bool | str | None:
     return None if ignored.any() else False
 
 
-def _read_labels(path: Path, allowed: frozenset[int] | None) -> tuple[NDArray[Any], Grid]:
+def _read_labels(
+    path: Path, allowed: frozenset[int] | None, declared_by: str = "dataset.json"
+) -> tuple[NDArray[Any], Grid]:
     array, grid = read_volume(path)
     values = pd.unique(array.ravel())  # np.unique sorts all the voxels of a CT
     wrong = [value for value in values if value < 0 or value != int(value)]
@@ -423,7 +428,7 @@ def _read_labels(path: Path, allowed: frozenset[int] | None) -> tuple[NDArray[An
     undeclared = sorted(int(value) for value in values if allowed is not None and int(value) not in allowed)
     if allowed is not None and undeclared:
         raise UserError(
-            f"{path} holds {undeclared[:8]}, which dataset.json does not declare (declared: {sorted(allowed)}). "
+            f"{path} holds {undeclared[:8]}, which {declared_by} does not declare (declared: {sorted(allowed)}). "
             "Correct the file or the labels."
         )
     return array, grid
