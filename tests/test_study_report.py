@@ -26,7 +26,16 @@ def workspace(groups: dict[str, str] | None = None) -> Workspace:
 def scores(**of_arms: dict[str, float]) -> pd.DataFrame:
     """Results of runs whose Dice is given for each case."""
     rows: list[dict[str, Any]] = [
-        {"arm": arm, "masks": 1, "repeat": 0, "fold": 0, "case": case, "dice": dice, "lesion_ml": 1.0}
+        {
+            "arm": arm,
+            "masks": 1,
+            "repeat": 0,
+            "fold": 0,
+            "case": case,
+            "dice": dice,
+            "lesion_ml": 1.0,
+            "ignored_ml": 0.0,
+        }
         for arm, dices in of_arms.items()
         for case, dice in dices.items()
     ]

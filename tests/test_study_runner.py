@@ -567,7 +567,7 @@ def test_arms_are_compared_with_the_reference_whatever_it_learnt_from(
     workspace = Workspace(Study.model_validate(changed), out, opened(out).dataset)
     rows = [("gasnet", 1, "a", 0.8), ("gasnet", 1, "b", 0.6), ("supervised", 2, "a", 0.6), ("supervised", 2, "b", 0.5)]
     results = pd.DataFrame(rows, columns=["arm", "masks", "case", "dice"]).assign(
-        lesion_ml=1.0, sensitivity=0.5, specificity=0.5, false_positive_lung=float("nan")
+        lesion_ml=1.0, ignored_ml=0.0, sensitivity=0.5, specificity=0.5, false_positive_lung=float("nan")
     )
     runs = pd.DataFrame({"arm": ["gasnet", "supervised"], "masks": [1, 2], "state": "done"})
     (text,) = _differences(workspace, runs, results)

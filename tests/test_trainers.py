@@ -835,7 +835,7 @@ def test_an_average_begins_as_s_itself_and_then_follows_it(make: Make) -> None:
 
 
 def _plain(states: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: dict(state) for name, state in states.items()}
+    return {name: dict(state) if isinstance(state, Mapping) else state for name, state in states.items()}
 
 
 def test_settings_of_the_checkpoint_win_and_differences_are_logged(resume: Make) -> None:
