@@ -368,7 +368,7 @@ class GASNetTrainer(nnUNetTrainer):
                     lesions=self.gasnet_step.task.lesions,
                     **options,
                 )
-                # A pair takes one augmentation of two patches, a pasted patch two; there are fewer of them.
+                # Those of an iteration take less than half of what its pairs take, one for every update of S and D.
                 self._pasted = self._start_stream(pasted, math.ceil(get_allowed_n_proc_DA() / 2))
         if settings.weight_healthy and settings.healthy_outside:
             background = nnUNetDataLoader(

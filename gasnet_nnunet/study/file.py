@@ -345,8 +345,8 @@ def _check(study: Study, problems: _Problems) -> None:
 def _is_part_of_another(key: str, study: Study) -> bool:
     """Whether another arm has plans of this name, for one of its folds or of its rounds of pseudo-labels."""
     found = re.fullmatch(r"(.+?)(-fold\d+)?(-round\d+)?", key)
-    other = study.arms.get(found[1]) if found else None
-    if found is None or other is None or found[1] == key:
+    other = study.arms.get(found[1]) if found and found[1] != key else None
+    if found is None or other is None:
         return False
     by_fold = bool(other.equal_time_with or other.init_from)
     return by_fold == bool(found[2]) and (found[3] is None or other.pseudo_labels is not None)
