@@ -1,9 +1,9 @@
-"""Checkpoints that survive a kill, a full disk and a truncated copy."""
+"""Checkpoints: which of a model predict, and files that survive a kill, a full disk and a truncated copy."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,80 @@ from gasnet_nnunet.errors import UserError
 
 CHECKPOINT_KEY = "gasnet"
 """Where our state stands in nnU-Net's checkpoint; nnU-Net's predictor ignores it."""
+CHECKPOINTS = {"final": "checkpoint_final.pth", "best": "checkpoint_best.pth"}
+"""nnU-Net's file for each choice of a checkpoint."""
 TEMPORARY = ".{}.tmp"
 """Name of a checkpoint that is being written."""
+
+
+def checkpoint_file(checkpoint: str) -> str:
+    """File of a checkpoint, which may be called `final`, `best`, or by its file's name as nnU-Net's `-chk` has it."""
+    return CHECKPOINTS.get(checkpoint, checkpoint)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that nnU-Net trained no model in.
+
+    Raises:
+        UserError: It lacks plans.json or dataset.json.
+    """
+    for name in ("plans.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}. A model's folder is <trainer>__<plans>__<configuration> in nnUNet_results."
+            )
+
+
+def named_folds(folder: Path, wanted: Sequence[str | int] | None = None) -> list[str]:
+    """The folds of a model's folder, whether their training has ended or not.
+
+    Args:
+        folder: `<trainer>__<plans>__<configuration>`.
+        wanted: Numbers of folds, or `all`; every one there, if there is any, if none is named.
+
+    Raises:
+        UserError: There is no such fold.
+    """
+    there = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir())
+    chosen = list(dict.fromkeys(str(fold) for fold in wanted or ()))
+    if missing := [f"fold_{fold}" for fold in chosen if fold not in there]:
+        has = ", ".join(f"fold_{fold}" for fold in there) or "no fold at all"
+        raise UserError(f"{folder} has no {', '.join(missing)}; it has {has}. Name folds with -f.")
+    return chosen or there
+
+
+def predicting_folds(
+    folder: Path, wanted: Sequence[str | int] | None, checkpoint: str, *, unfinished: bool = False
+) -> list[str]:
+    """The folds of a model that predict together.
+
+    Args:
+        folder: `<trainer>__<plans>__<configuration>`.
+        wanted: Numbers of folds, or `all`. If none is named, as nnU-Net takes them: every numbered one that has the
+            checkpoint, else `all`.
+        checkpoint: File of each fold.
+        unfinished: If none is named, numbered folds without the checkpoint count, and are refused, too.
+
+    Raises:
+        UserError: There is no such fold, or it lacks the checkpoint.
+    """
+    check_model_folder(folder)
+    there = named_folds(folder, wanted)
+    if not there:
+        raise UserError(f"{folder} has no folder fold_0, fold_1, ... or fold_all, so nothing was trained there yet.")
+    ready = [fold for fold in there if (folder / f"fold_{fold}" / checkpoint).is_file()]
+    chosen = there
+    if not wanted:
+        among = there if unfinished else ready or there
+        chosen = [fold for fold in among if fold != "all"] or among
+    if missing := [fold for fold in chosen if fold not in ready]:
+        place = folder / f"fold_{missing[0]}"
+        has = ", ".join(sorted(path.name for path in place.glob("checkpoint_*.pth"))) or "no checkpoint at all"
+        raise UserError(
+            f"{place} has no {checkpoint}; it has {has}. Let its training end (nnUNetv2_train ... --c goes on with "
+            "it), name the folds that are ready with -f, or another checkpoint with -chk."
+        )
+    return chosen
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from gasnet_nnunet.checkpoints import CHECKPOINTS, checkpoint_file, named_folds, predicting_folds
 from gasnet_nnunet.cohort import DeclaredLabels, abbreviate, declared_labels, patients_of, raise_problems
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.evaluation import files_of_cases
@@ -18,7 +19,6 @@ from gasnet_nnunet.raw_dataset import read_json
 from gasnet_nnunet.splits import recorded_cases
 from gasnet_nnunet.volumes import grid_difference, read_grid
 
-FINAL = "checkpoint_final.pth"
 CHANNEL = re.compile(r"_(\d{4})$")
 MOST_GROUPS = 12
 """Subsets of a column beyond which it is no column of subsets."""
@@ -41,7 +41,7 @@ class Model:
     name: str
     folder: Path
     folds: tuple[str, ...] = ()
-    checkpoint: str = FINAL
+    checkpoint: str = CHECKPOINTS["final"]
     predictions: Mapping[str, Path] = field(default_factory=dict)
     dataset_json: Mapping[str, Any] = field(default_factory=dict)
     learnt: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ def find_model(
     folder: Path,
     *,
     folds: Sequence[str] | None = None,
-    checkpoint: str = FINAL,
+    checkpoint: str = "final",
     validation: bool = False,
 ) -> Model:
     """Look a model up and check that it can be compared.
@@ -95,7 +95,7 @@ def find_model(
         name: What it is to be called; its folder's name if `None`.
         folder: A model folder of nnU-Net's, one fold of it, or a folder of predictions, e.g. a fold's `validation`.
         folds: Folds to take, e.g. `["0", "1"]` or `["all"]`; all trained ones if `None`. Of one fold's folder, that.
-        checkpoint: File of each fold that predicts.
+        checkpoint: What predicts in each fold: `final`, `best` or a file's name.
         validation: Take the predictions on the folds' validation cases that training left behind.
 
     Raises:
@@ -114,9 +114,8 @@ def find_model(
     # A fold's folder `validation` has its dataset.json two levels above, nnU-Net's other predictions beside them.
     settings = [place / "dataset.json" for place in (folder, folder.parent.parent) if (place / "plans.json").is_file()]
     dataset_json = read_json(settings[0]) if settings and settings[0].is_file() else {}
-    model = Model(name or folder.name, folder, checkpoint=checkpoint, dataset_json=dataset_json)
-    trained = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir())
-    if not trained:
+    model = Model(name or folder.name, folder, checkpoint=checkpoint_file(checkpoint), dataset_json=dataset_json)
+    if not named_folds(folder):
         found = files_of_cases(folder, _ending(dataset_json))
         if validation or not found:
             raise UserError(
@@ -125,13 +124,11 @@ def find_model(
                 + ("whose validation is there." if validation else f"or a folder of files *{_ending(dataset_json)}.")
             )
         return replace(model, predictions=found)
-    if missing := [fold for fold in folds or () if fold not in trained]:
-        raise UserError(f"{folder} has no fold {missing[0]}; its folds are {', '.join(trained)}.")
     if validation:
-        folds = list(folds or trained)
+        folds = named_folds(folder, folds)
         found = _validation(folder, folds, _ending(dataset_json))
         return replace(model, predictions=found, learnt=_learnt(folder, folds, sorted(found)))
-    return _with_checkpoints(model, folds, trained)
+    return _with_checkpoints(model, folds)
 
 
 def find_models(
@@ -351,27 +348,14 @@ def _learnt(folder: Path, folds: Sequence[str], cases: Sequence[str]) -> tuple[s
     return tuple(case for case in cases if case in twice)
 
 
-def _with_checkpoints(model: Model, folds: Sequence[str] | None, trained: Sequence[str]) -> Model:
+def _with_checkpoints(model: Model, folds: Sequence[str] | None) -> Model:
     """A trained model with the folds that predict."""
-    for name in ("plans.json", "dataset.json"):
-        if not (model.folder / name).is_file():
-            raise UserError(f"{model.folder} has no {name}, without which nnU-Net cannot predict.")
     if model.folder.name.endswith("3d_cascade_fullres"):
         raise UserError(
             f"{model.folder.name} needs the predictions of an earlier stage: predict with nnUNetv2_predict, then name "
             "the folder of predictions."
         )
-    whole = [fold for fold in trained if (model.folder / f"fold_{fold}" / model.checkpoint).is_file()]
-    chosen = folds or [fold for fold in whole if fold != "all"] or whole
-    missing = [fold for fold in chosen if fold not in whole]
-    if missing or not chosen:
-        place = model.folder / f"fold_{(missing or trained)[0]}"
-        there = sorted(path.name for path in place.glob("checkpoint_*.pth"))
-        raise UserError(
-            f"{place} has no {model.checkpoint}; it has {', '.join(there) or 'no checkpoint at all'}. Train it to its "
-            "end, or choose with --checkpoint and -f."
-        )
-    model = replace(model, folds=tuple(chosen))
+    model = replace(model, folds=tuple(predicting_folds(model.folder, folds, model.checkpoint)))
     for path in model.checkpoints():
         if not zipfile.is_zipfile(path):
             raise UserError(f"The checkpoint {path} is damaged or incomplete. Copy it again, or train it to its end.")

@@ -31,11 +31,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from PIL import Image
 
+from gasnet_nnunet.checkpoints import CHECKPOINTS
 from gasnet_nnunet.decision import HEADS_KEY
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import read_json, written_whole
 from gasnet_nnunet.model_card import model_card
-from gasnet_nnunet.trained_model import CHECKPOINTS, TrainedFold, TrainedModel, load_predictor
+from gasnet_nnunet.trained_model import TrainedFold, TrainedModel, load_predictor
 from gasnet_nnunet.volumes import read_volume
 
 STOCK_TRAINER = nnUNetTrainer.__name__

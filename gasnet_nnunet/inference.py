@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gasnet_nnunet import __version__
-from gasnet_nnunet.checkpoints import read_checkpoint
+from gasnet_nnunet.checkpoints import checkpoint_file, predicting_folds, read_checkpoint
 from gasnet_nnunet.decision import carried_logit
 from gasnet_nnunet.devices import choose_device
 from gasnet_nnunet.errors import UserError
@@ -31,7 +31,7 @@ from gasnet_nnunet.losses import lesion_logit
 from gasnet_nnunet.networks import Generator, Topology, build_generator
 from gasnet_nnunet.resampling import interpolate_slab, resample_logits
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
-from gasnet_nnunet.trained_model import CHECKPOINTS, check_model_folder, load_predictor
+from gasnet_nnunet.trained_model import load_predictor
 from gasnet_nnunet.volumes import Grid, as_image
 
 RESTORE_FROM = 0.05
@@ -111,8 +111,8 @@ class LoadedModel:
         mirroring: bool = True,
     ) -> None:
         self.folder = folder
-        self.checkpoint = CHECKPOINTS.get(checkpoint, checkpoint)
-        self.folds = _find_folds(folder, folds, self.checkpoint)
+        self.checkpoint = checkpoint_file(checkpoint)
+        self.folds = predicting_folds(folder, folds, self.checkpoint)
         self.device = torch.device(choose_device(device))
         if not 0 < step_size <= 1:
             raise UserError(f"The step of the sliding window is {step_size:g}; expected above 0 and at most 1.")
@@ -408,24 +408,6 @@ class LoadedModel:
             tuple(slice(start, start + edge) for start, edge in zip(starts, (*[1] * flat, *patch), strict=True))
             for starts in itertools.product(*slices, *steps)
         ]
-
-
-def _find_folds(folder: Path, folds: Sequence[str | int] | None, checkpoint: str) -> list[str]:
-    check_model_folder(folder)
-    there = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}"))
-    if not there:
-        others = sorted({path.name for path in folder.glob("fold_*/checkpoint_*.pth")})
-        has = f"it has {', '.join(others)}" if others else "has the training begun?"
-        raise UserError(f"No fold of {folder} has a {checkpoint}; {has}.")
-    if folds is None:
-        return [fold for fold in there if fold != "all"] or there
-    wanted = [str(fold) for fold in folds]
-    missing = [fold for fold in wanted if fold not in there]
-    if missing:
-        raise UserError(
-            f"{folder} has no {checkpoint} of fold {', '.join(missing)}; of these it has one: {', '.join(there)}."
-        )
-    return wanted
 
 
 def _settings(checkpoint: dict[str, Any]) -> GASNetSettings | None:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from gasnet_nnunet import __version__
+from gasnet_nnunet.checkpoints import CHECKPOINTS
 from gasnet_nnunet.files import read_json
-from gasnet_nnunet.trained_model import CHECKPOINTS, TrainedFold, TrainedModel
+from gasnet_nnunet.trained_model import TrainedFold, TrainedModel
 
 INTENDED_USE = (
     "Research on lesion segmentation. It is no medical device, was not assessed as one, and is not for diagnosis or "

@@ -18,16 +18,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from gasnet_nnunet.checkpoints import read_checkpoint
+from gasnet_nnunet.checkpoints import CHECKPOINTS, predicting_folds, read_checkpoint
 from gasnet_nnunet.decision import HEADS_KEY, carried_logit
 from gasnet_nnunet.errors import UserError
 from gasnet_nnunet.files import read_json
 from gasnet_nnunet.progress import TrainingCurves
 from gasnet_nnunet.settings import PLANS_KEY
 from gasnet_nnunet.splits import Fold, recorded_cases, trainer_attributes
-
-CHECKPOINTS = {"final": "checkpoint_final.pth", "best": "checkpoint_best.pth"}
-"""nnU-Net's file for each choice of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +147,16 @@ def read_model(folder: Path, *, folds: Sequence[str] = (), checkpoint: str = "fi
     """
     if checkpoint not in CHECKPOINTS:
         raise UserError(f"The checkpoint is '{checkpoint}'; expected {' or '.join(CHECKPOINTS)}.")
-    check_model_folder(folder)
+    chosen = predicting_folds(folder, folds, CHECKPOINTS[checkpoint], unfinished=True)
     plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     read: list[TrainedFold] = []
     origins: list[tuple[str, str]] = []
-    for fold in _folds(folder, folds):
-        path = _checkpoint_file(folder / f"fold_{fold}", checkpoint)
+    for fold in chosen:
+        path = folder / f"fold_{fold}" / CHECKPOINTS[checkpoint]
         content = read_checkpoint(path)
         try:
             origins.append((content["trainer_name"], content["init_args"]["configuration"]))
-            read.append(_fold(fold, path, content))
+            read.append(_fold(int(fold) if fold.isdecimal() else fold, path, content))
         except (KeyError, TypeError):
             raise UserError(
                 f"{path} lacks what nnU-Net's predictor needs; it is no checkpoint of nnU-Net v2."
@@ -174,19 +171,6 @@ def read_model(folder: Path, *, folds: Sequence[str] = (), checkpoint: str = "fi
             f"{folder / 'plans.json'} has no configuration '{configuration}', but {path} was trained on it."
         )
     return TrainedModel(folder, plans, dataset_json, configuration, trainer, checkpoint, tuple(read))
-
-
-def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that nnU-Net trained no model in.
-
-    Raises:
-        UserError: It lacks plans.json or dataset.json.
-    """
-    for name in ("plans.json", "dataset.json"):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has no {name}. A model's folder is <trainer>__<plans>__<configuration> in nnUNet_results."
-            )
 
 
 def load_predictor(
@@ -229,38 +213,6 @@ def load_predictor(
             "gasnet-nnunet doctor says why."
         ) from None
     return predictor
-
-
-def _folds(folder: Path, wanted: Sequence[str]) -> list[int | str]:
-    present = [path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir()]
-    numbered = sorted(int(name) for name in present if name.isdecimal())
-    every: list[int | str] = [*numbered, *(["all"] if "all" in present else [])]
-    if not every:
-        raise UserError(f"{folder} has no folder fold_0, fold_1, ... or fold_all, so nothing was trained there yet.")
-    if not wanted:
-        return [*numbered] or ["all"]
-    chosen: list[int | str] = [int(name) if name.isdecimal() else name for name in dict.fromkeys(wanted)]
-    missing = [f"fold_{name}" for name in chosen if name not in every]
-    if missing:
-        raise UserError(
-            f"{folder} has no {', '.join(missing)}; it has {', '.join(f'fold_{name}' for name in every)}. Name folds "
-            "with -f."
-        )
-    return chosen
-
-
-def _checkpoint_file(fold: Path, checkpoint: str) -> Path:
-    path = fold / CHECKPOINTS[checkpoint]
-    if path.is_file():
-        return path
-    there = sorted(file.name for file in fold.glob("checkpoint_*.pth"))
-    advice = "Let it end (nnUNetv2_train ... --c goes on with it), or name the folds that are ready with -f"
-    if CHECKPOINTS["best"] in there:
-        advice += ", or take the best checkpoint so far with -chk best"
-    raise UserError(
-        f"{fold} has no {path.name} ({', '.join(there) or 'and no other checkpoint'}): its training has not ended. "
-        f"{advice}."
-    )
 
 
 def _fold(name: int | str, path: Path, content: dict[str, Any]) -> TrainedFold:

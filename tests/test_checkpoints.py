@@ -1,4 +1,4 @@
-"""Checkpoints under a kill, a full disk and truncation; every fault here is a real one."""
+"""Checkpoints under a kill, a full disk and truncation, every fault a real one; and which of a model predict."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from gasnet_nnunet.checkpoints import read_checkpoint, remove_leftovers, write_checkpoint
+from gasnet_nnunet.checkpoints import (
+    checkpoint_file,
+    named_folds,
+    predicting_folds,
+    read_checkpoint,
+    remove_leftovers,
+    write_checkpoint,
+)
 from gasnet_nnunet.errors import UserError
 
 STATE = {"network_weights": {"weight": torch.arange(100.0)}, "current_epoch": 3, "trainer_name": "GASNetTrainer"}
@@ -211,3 +219,49 @@ def test_what_is_no_nnunet_checkpoint_is_refused(tmp_path: Path, content: Any) -
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"model\.pth"):
         read_checkpoint(path)
+
+
+def model_with(folder: Path, **folds: list[str]) -> Path:
+    """A model's folder with folds that hold these checkpoints."""
+    folder.mkdir(parents=True)
+    for name in ("plans.json", "dataset.json"):
+        (folder / name).write_text("{}")
+    for fold, names in folds.items():
+        (folder / fold).mkdir()
+        for name in names:
+            (folder / fold / f"checkpoint_{name}.pth").touch()
+    return folder
+
+
+def test_folds_that_predict_are_those_of_nnunet(tmp_path: Path) -> None:
+    model = model_with(
+        tmp_path / "m", fold_0=["final", "best"], fold_1=["latest"], fold_3=["final"], fold_all=["final"]
+    )
+    theirs = nnUNetPredictor.auto_detect_available_folds(str(model), "checkpoint_final.pth")
+    assert predicting_folds(model, None, "checkpoint_final.pth") == [str(fold) for fold in theirs] == ["0", "3"]
+    assert predicting_folds(model, ["all", 0, "0"], "checkpoint_final.pth") == ["all", "0"]
+    assert predicting_folds(model, None, checkpoint_file("best")) == ["0"]
+    assert named_folds(model) == ["0", "1", "3", "all"]
+    alone = model_with(tmp_path / "alone", fold_1=[], fold_all=["final"])
+    assert predicting_folds(alone, [], "checkpoint_final.pth") == ["all"]
+    with pytest.raises(UserError, match=r"fold_1 has no checkpoint_final\.pth; it has no checkpoint at all\. Let its"):
+        predicting_folds(alone, None, "checkpoint_final.pth", unfinished=True)
+
+
+@pytest.mark.parametrize(
+    ("folds", "wanted", "message"),
+    [
+        ({}, None, "nothing was trained there yet"),
+        ({}, [0], "has no fold_0; it has no fold at all. Name folds with -f"),
+        ({"fold_0": ["final"]}, [0, 2], "has no fold_2; it has fold_0"),
+        ({"fold_0": ["final"], "fold_1": ["latest"]}, [0, 1], r"fold_1 has no .*; it has checkpoint_latest\.pth"),
+        ({"fold_0": ["latest"], "fold_all": ["best"]}, None, r"fold_0 has no .*; it has checkpoint_latest\.pth"),
+    ],
+)
+def test_folds_that_cannot_predict(
+    folds: dict[str, list[str]], wanted: list[int] | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        predicting_folds(model_with(tmp_path / "model", **folds), wanted, "checkpoint_final.pth")
+    with pytest.raises(UserError, match=r"has no plans\.json"):
+        predicting_folds(tmp_path, wanted, "checkpoint_final.pth")

@@ -340,10 +340,10 @@ def test_models_that_cannot_be_compared(data: Path, trained: Path) -> None:
         find_model(None, data / "nowhere")
     with pytest.raises(UserError, match="neither folds nor predictions"):
         find_model(None, data / "raw")
-    with pytest.raises(UserError, match="has no fold 3; its folds are 0"):
+    with pytest.raises(UserError, match="has no fold_3; it has fold_0"):
         find_model(None, trained, folds=["3"])
     with pytest.raises(UserError, match=r"fold_0 has no checkpoint_best\.pth; it has checkpoint_final\.pth"):
-        find_model(None, trained, checkpoint="checkpoint_best.pth")
+        find_model(None, trained, checkpoint="best")
     checkpoint = trained / "fold_0/checkpoint_final.pth"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     with pytest.raises(UserError, match="is damaged or incomplete"):

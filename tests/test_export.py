@@ -425,12 +425,12 @@ BROKEN: dict[str, tuple[Callable[[Trained], object], tuple[object, ...], str]] =
     "still in training": (
         lambda t: (t.fold / "checkpoint_final.pth").rename(t.fold / "checkpoint_latest.pth"),
         (),
-        r"fold_0 has no checkpoint_final\.pth \(checkpoint_best\.pth, .*\): its training has not ended",
+        r"fold_0 has no checkpoint_final\.pth; it has checkpoint_best\.pth, .* Let its training end",
     ),
     "second fold still in training": (
         lambda t: (t.model / "fold_1").mkdir(),
         (),
-        r"fold_1 has no checkpoint_final\.pth .*name the folds that are ready with -f",
+        r"fold_1 has no checkpoint_final\.pth; .*name the folds that are ready with -f",
     ),
     "nothing trained": (lambda t: shutil.rmtree(t.fold), (), "nothing was trained there yet"),
     "folds of two trainings": (

@@ -270,9 +270,9 @@ def test_models_of_another_world_are_refused(tmp_path: Path, monkeypatch: pytest
     assert found == folder
     with pytest.raises(UserError, match="it has GASNetTrainer__nnUNetPlans__3d_fullres"):
         find_model_folder("501", trainer="nnUNetTrainer", plans="nnUNetPlans", configuration="3d_fullres")
-    with pytest.raises(UserError, match=r"no checkpoint_final.pth of fold 3; of these it has one: 0"):
+    with pytest.raises(UserError, match=r"has no fold_3; it has fold_0"):
         LoadedModel(folder, folds=[3])
-    with pytest.raises(UserError, match=r"No fold of .* has a checkpoint_best.pth; it has checkpoint_final.pth"):
+    with pytest.raises(UserError, match=r"fold_0 has no checkpoint_best.pth; it has checkpoint_final.pth"):
         LoadedModel(folder, checkpoint="best")
     with pytest.raises(UserError, match=r"has no plans.json"):
         LoadedModel(tmp_path)

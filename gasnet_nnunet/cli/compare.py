@@ -37,8 +37,8 @@ def compare(
         list[str] | None, typer.Option("-f", help="Folds that predict together; all trained ones if left out.")
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option("--checkpoint", "-chk", help="Checkpoint of each fold.")
-    ] = "checkpoint_final.pth",
+        str, typer.Option("--checkpoint", "-chk", help="Which checkpoint of each fold: final, best or a file's name.")
+    ] = "final",
     images: Annotated[
         Path | None, typer.Option("--images", "-i", help="Folder of CTs; with -d imagesTs if left out.")
     ] = None,
