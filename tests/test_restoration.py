@@ -325,7 +325,7 @@ def test_mistakes_are_refused_before_any_work(model: Path, tmp_path: Path) -> No
     assert "either by its dataset" in run("-i", tmp_path / "in", "-o", out)[0]
     assert "Choose another one" in run("-i", tmp_path / "in", "-o", tmp_path / "in", "-m", model)[0]
     assert "would both write a_restored.nii.gz" in run("-i", tmp_path / "in", "-o", out, "-m", model)[0]
-    assert "no checkpoint_final.pth of fold 1, 2" in run("-i", tmp_path / "in", "-o", out, "-m", model, "-f", 1, 2)[0]
+    assert "has no fold_1, fold_2; it has fold_0" in run("-i", tmp_path / "in", "-o", out, "-m", model, "-f", 1, 2)[0]
     broken = shutil.copytree(model, tmp_path / "broken")
     checkpoint = broken / "fold_0" / "checkpoint_final.pth"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
