@@ -47,7 +47,9 @@ def named_folds(folder: Path, wanted: Sequence[str | int] | None = None) -> list
     Raises:
         UserError: There is no such fold.
     """
-    there = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir())
+    names = [path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir()]
+    # Somebody's fold_0_old is no fold to nnU-Net.
+    there = sorted((name for name in names if name == "all" or name.isdecimal()), key=lambda name: (len(name), name))
     chosen = list(dict.fromkeys(str(fold) for fold in wanted or ()))
     if missing := [f"fold_{fold}" for fold in chosen if fold not in there]:
         has = ", ".join(f"fold_{fold}" for fold in there) or "no fold at all"

@@ -242,6 +242,8 @@ def test_folds_that_predict_are_those_of_nnunet(tmp_path: Path) -> None:
     assert predicting_folds(model, ["all", 0, "0"], "checkpoint_final.pth") == ["all", "0"]
     assert predicting_folds(model, None, checkpoint_file("best")) == ["0"]
     assert named_folds(model) == ["0", "1", "3", "all"]
+    aside = model_with(tmp_path / "aside", fold_10=["final"], fold_2=["final"], fold_2_old=["final"])
+    assert predicting_folds(aside, None, "checkpoint_final.pth", unfinished=True) == ["2", "10"]
     alone = model_with(tmp_path / "alone", fold_1=[], fold_all=["final"])
     assert predicting_folds(alone, [], "checkpoint_final.pth") == ["all"]
     with pytest.raises(UserError, match=r"fold_1 has no checkpoint_final\.pth; it has no checkpoint at all\. Let its"):
