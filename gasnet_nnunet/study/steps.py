@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+from gasnet_nnunet.checkpoints import CHECKPOINTS
 from gasnet_nnunet.files import read_json, write_json, write_text
 from gasnet_nnunet.parallel import cores
 from gasnet_nnunet.settings import PLANS_KEY, GASNetSettings
@@ -264,7 +265,7 @@ class _Chain:
             resumed = any(folder.glob("checkpoint_*.pth"))
             call((*command, "--c") if resumed else command, environment)
 
-        made = (folder / f"checkpoint_{self.study.checkpoint}.pth", folder / "checkpoint_final.pth")
+        made = (folder / CHECKPOINTS[self.study.checkpoint], folder / CHECKPOINTS["final"])
         step = Step(name, "train", self.last, made, work, (folder,), (command,), model=folder, epochs=epochs)
         return Model(plans_name, folder), step
 
@@ -276,7 +277,7 @@ class _Chain:
         steps = steps_of(self.workspace, other, self.device)
         model, of_model = next((step.model, step.fingerprint) for step in reversed(steps) if step.model is not None)
         self.last = fingerprint(self.last, of_model)
-        return {"init_from": str(model / f"checkpoint_{self.study.checkpoint}.pth")}
+        return {"init_from": str(model / CHECKPOINTS[self.study.checkpoint])}
 
     def _predict(self, model: Model) -> Step:
         tests = self.workspace.test_set(self.run.deal)
@@ -310,7 +311,7 @@ class _Chain:
         command = [
             *("nnUNetv2_predict", "-d", self.workspace.dataset.name, "-i", str(images), "-o", str(out)),
             *("-c", self.study.configuration, "-f", str(self.run.number), "-tr", self.arm.trainer),
-            *("-p", model.plans_name, "-chk", f"checkpoint_{self.study.checkpoint}.pth", "-device", self.device),
+            *("-p", model.plans_name, "-chk", CHECKPOINTS[self.study.checkpoint], "-device", self.device),
         ]
         if not self.study.mirroring:
             command.append("--disable_tta")
