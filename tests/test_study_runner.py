@@ -304,6 +304,17 @@ def test_an_interrupted_training_of_other_cases_counts_as_changed(
     assert state_of(open_workspace(workspace.study, workspace.out), run) == "unfinished"
 
 
+def test_runs_csv_counts_the_volumes_that_are_learnt_from(study_folders: Path, tmp_path: Path) -> None:
+    arms = {"all": {}, "healthy": {"volumes": ["healthy_*"]}, "one": {"volumes": ["healthy_0", "diseased_*"]}}
+    workspace = open_workspace(load_study(write_study(tmp_path / "out", arms=arms)), tmp_path / "out")
+    runs = _runs(workspace).set_index("arm")
+    deal = workspace.runs[0].deal
+    diseased = [case for case in deal.diseased if case.startswith("diseased_")]
+    assert len(diseased) < len(deal.diseased)
+    assert list(runs["diseased"]) == [len(deal.diseased), 0, len(diseased)]
+    assert list(runs["healthy"]) == [len(deal.healthy), len(deal.healthy), 1]
+
+
 def test_cases_are_those_of_the_folders_that_are_set_now(tmp_path: Path) -> None:
     for place in ("before", "now"):
         (tmp_path / place).mkdir()

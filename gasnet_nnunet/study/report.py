@@ -103,6 +103,7 @@ def _runs(workspace: Workspace) -> pd.DataFrame:
     for run in workspace.runs:
         content = record_of(workspace, run).content
         state = state_of(workspace, run)
+        learnt_from = run.deal.entry(workspace.study.volumes_of(run.arm))
         row: dict[str, Any] = {
             "arm": run.arm,
             "masks": run.deal.masks,
@@ -110,8 +111,8 @@ def _runs(workspace: Workspace) -> pd.DataFrame:
             "fold": run.deal.fold,
             "state": state,
             "labelled": " ".join(run.deal.train),
-            "diseased": len(run.deal.diseased),
-            "healthy": len(run.deal.healthy),
+            "diseased": len(learnt_from["diseased"]),
+            "healthy": len(learnt_from["healthy"]),
             "nnunet_fold": run.number,
         }
         done = state == "done"
